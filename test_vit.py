@@ -1,0 +1,298 @@
+"""Tests of vit.py: against PyTorch's own layers where they exist, on made-up data, offline."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import VisionTransformer as TorchvisionViT
+
+import vit
+
+close = torch.testing.assert_close
+TINY = "vit.py --embed-dim 16 --depth 1 --n-heads 1 --mlp-ratio 1 --epochs 2 --device cpu"
+
+
+def make(img_size=12, patch_size=4, in_channels=3, depth=2, n_heads=4, mlp_ratio=2.0, **options):
+    """A small model in eval mode whose parameters are all random, so that nothing is zero."""
+    torch.manual_seed(0)
+    sizes = (img_size, patch_size, in_channels, 5, options.pop("embed_dim", 16), depth, n_heads)
+    model = vit.VisionTransformer(*sizes, mlp_ratio, **options).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    return model, torch.randn(6, 3, 12, 12)
+
+
+def with_weights(reference, values):
+    """The reference in eval mode, with these values as its state, in its own order."""
+    reference.load_state_dict(dict(zip(reference.state_dict(), values, strict=True)))
+    return reference.eval()
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """vit.main() on a tiny model in an empty folder, with no server to download MNIST from."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vit.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(vit, "draw_digits", lambda n, draw=vit.draw_digits: draw(n // 20))
+
+    def main(options=""):
+        monkeypatch.setattr(sys, "argv", f"{TINY} {options}".split())
+        vit.main()
+        return capsys.readouterr()
+
+    return main
+
+
+def test_shapes():
+    mnist = vit.VisionTransformer(28, 7, 1, 10, 64, 4, 4, 2.0)
+    assert sum(p.numel() for p in mnist.parameters()) == 139_018
+    assert mnist(torch.rand(3, 1, 28, 28)).shape == (3, 10)
+    model, images = make(qkv_bias=False)
+    assert model(images[:1]).shape == (1, 5)
+    assert model.features(images).shape == (6, 10, 16)
+    assert model.attention_maps(images).shape == (6, 2, 4, 10, 10)
+    with torch.device("meta"):  # ViT-B/16 at no cost
+        base = vit.VisionTransformer(224, 16, 3, 1000, embed_dim=768, depth=12, n_heads=12)
+        assert sum(p.numel() for p in base.parameters()) == 86_567_656
+        assert base(torch.randn(1, 3, 224, 224)).shape == (1, 1000)
+
+
+def test_state_dict_has_the_names_of_timm():
+    layers = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+    layers = [f"blocks.{i}.{layer}" for i in range(2) for layer in layers]
+    layers = ["patch_embed.proj", *layers, "norm", "head"]
+    names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    assert list(make()[0].state_dict()) == ["cls_token", "pos_embed", *names]
+
+
+def test_block_is_torchs_encoder_layer():
+    block, x = make()[0].blocks[0], torch.randn(6, 10, 16)
+    layer = nn.TransformerEncoderLayer(
+        16, 4, 32, 0.0, "gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True
+    )
+    values = list(block.state_dict().values())
+    with_weights(layer, values[2:6] + values[8:] + values[:2] + values[6:8])
+    close(block(x), layer(x))
+    close(block(x, n_out=1), layer(x)[:, :1])
+
+
+def test_model_is_torchvisions():
+    model, images = make()
+    cls_token, pos_embed, weight, bias, *others = model.state_dict().values()
+    reference = TorchvisionViT(12, 4, 2, 4, 16, 32, num_classes=5)
+    with_weights(reference, [cls_token, weight, bias, pos_embed, *others])
+    close(model(images), reference(images))
+    close(model.head(model.features(images)[:, 0]), reference(images))
+
+
+def test_patch_embedding_is_unfold_and_linear():
+    embed, images = make()[0].patch_embed, torch.randn(2, 3, 12, 12)
+    patches = F.unfold(images, 4, stride=4).transpose(1, 2)  # row by row
+    close(embed(images), F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
+
+
+def test_places_matter_and_the_rest_of_the_batch_does_not():
+    model, images = make()
+    swapped = images.clone()
+    swapped[..., :4, :4], swapped[..., 4:8, 8:] = images[..., 4:8, 8:], images[..., :4, :4]
+    assert (model(swapped) - model(images)).abs().max() > 1e-3
+    close(torch.cat([model(image[None]) for image in images]), model(images))
+
+
+def test_every_parameter_learns_from_the_first_step():
+    model = vit.VisionTransformer(12, 4, 3, 5, 16, 2, 4)
+    loss = F.cross_entropy(model(torch.randn(6, 3, 12, 12)), torch.arange(6) % 5)
+    loss.backward()
+    assert loss < 2 * math.log(5)
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    assert model.pos_embed.std() < 0.5 and model.cls_token.std() < 0.5
+
+
+def test_dropout_is_everywhere_and_off_in_eval():
+    model, images = make(dropout=0.5)
+    places = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert places == [0.5] * 5  # after the embedding, and in two sublayers of two blocks
+    assert torch.equal(model(images), model(images))
+    assert not torch.equal(model.train()(images), model(images))
+
+
+def test_attention_maps_are_what_the_blocks_use():
+    model, images = make()
+    x, maps = model.embed(images), model.attention_maps(images)
+    close(maps.sum(dim=-1), torch.ones(6, 2, 4, 10))
+    for i, block in enumerate(model.blocks):
+        values = block.attn.split(block.norm1(x))[2]
+        x = x + block.attn.proj((maps[:, i] @ values).transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
+    close(model.norm(x), model.features(images))
+
+
+IMPOSSIBLE = [("patch_size", 5), ("patch_size", 0), ("n_heads", 3), ("n_heads", 0), ("depth", 0)]
+IMPOSSIBLE += [("embed_dim", -16), ("mlp_ratio", 0.0), ("in_channels", 0), ("dropout", 1.5)]
+
+
+@pytest.mark.parametrize("name, value", IMPOSSIBLE)
+def test_impossible_sizes_are_refused(name, value):
+    with pytest.raises(ValueError, match=str(value).removesuffix(".0")):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 12, 12), (6, 3, 12, 8), (3, 12, 12)])
+def test_other_images_are_refused(shape):
+    with pytest.raises(ValueError, match=r"3, 12, 12\), got " + re.escape(str(shape))):
+        make()[0](torch.zeros(shape))
+
+
+def test_evaluate_counts_each_image_once_and_changes_nothing():
+    model, images = make(dropout=0.5)
+    labels, grads = model(images).argmax(dim=1), []
+    model.train().register_forward_hook(lambda *_: grads.append(torch.is_grad_enabled()))
+    loader = DataLoader(TensorDataset(images, labels), batch_size=4)
+    assert vit.evaluate(model, loader) == 1.0
+    labels[4:] += 1  # the last batch, of two
+    assert vit.evaluate(model, loader) == 4 / 6
+    assert model.training and not any(grads)
+
+
+def test_learning_rate_and_weight_decay():
+    model, _ = make()
+    optimizer, schedule = vit.make_optimizer(model, 1.0, 0.1, n_steps=100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    peak = rates.index(max(rates))
+    assert rates[0] < 0.2 and 0.98 < max(rates) <= 1 and 0 < peak < 20
+    assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.02 and schedule.get_last_lr() == [0, 0]
+    decays = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        is_matrix = re.search(r"(proj|qkv|fc1|fc2|head)\.weight$", name)
+        assert decays.pop(p) == (0.1 if is_matrix else 0.0), name
+    assert not decays
+
+
+def test_train_overfits_one_batch():
+    torch.manual_seed(0)
+    model = vit.VisionTransformer(28, 7, 1, 10, 64, 4, 4, 2.0)
+    batch = vit.draw_digits(64).tensors
+    vit.train(model, [batch], epochs=50)
+    assert model.training and vit.evaluate(model, [batch]) == 1.0
+
+
+def test_train_reports_the_mean_loss_and_stops_if_it_is_not_finite():
+    model, images = make()
+    labels, heard = torch.arange(6) % 5, []
+    loader = DataLoader(TensorDataset(images, labels), batch_size=4)
+    vit.train(model, loader, 1, lr=1e-12, on_step=lambda *step: heard.append(step))
+    assert [step[:2] for step in heard] == [(1, 1), (1, 2)] and not heard[1][2].requires_grad
+    close(heard[1][2], F.cross_entropy(model(images), labels).detach())
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        vit.train(model, [(images * math.inf, labels)])
+
+
+def test_loaders_shuffle_for_training_only():
+    dataset, state = TensorDataset(torch.arange(10)), torch.get_rng_state()
+    loaders = [vit.make_loader(dataset, 4, seed) for seed in (None, 0, 0)]
+    orders = [torch.cat([batch for (batch,) in loader]) for loader in (*loaders, loaders[1])]
+    assert len(loaders[0]) == 3 and torch.equal(orders[0], torch.arange(10))
+    assert torch.equal(orders[1], orders[2]) and not torch.equal(orders[1], orders[3])
+    assert torch.equal(orders[3].sort()[0], orders[0])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_augment_moves_digits_a_little_and_mirrors_none():
+    torch.manual_seed(0)
+    images = vit.draw_digits(500).tensors[0]
+    moved = vit.augment(images).flatten(1)
+    likeness = F.cosine_similarity(moved, images.flatten(1)).mean()
+    mirrored = F.cosine_similarity(moved, images.flip(3).flatten(1)).mean()
+    assert 0.5 < likeness < 0.98 and mirrored < likeness - 0.1
+    close(vit.augment(images, degrees=0, scale=0, shift=0), images, atol=1e-4, rtol=0)
+
+
+def python(*args, **options):
+    command = [sys.executable, "-B", "-W", "error", *args]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_importing_does_nothing(tmp_path):
+    code = f"import sys, torch; sys.path.append({str(Path(vit.__file__).parent)!r})\n"
+    code += "state = torch.get_rng_state(); import vit; assert state.equal(torch.get_rng_state())"
+    assert python("-c", code, cwd=tmp_path) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_are_one_line():
+    error = "vit.py: error: n_heads 5 does not divide embed_dim 64\n"
+    assert python(vit.__file__, "--n-heads", "5") == (1, "", error)
+
+
+def test_run_without_mnist_and_twice_the_same(run):
+    first = run()
+    assert re.search(r"\ndrawn digits test accuracy: \d+\.\d\d%\n$", first.out)
+    assert "MNIST could not be had" in first.err and "t10k-labels-idx1-ubyte.gz" in first.err
+    assert (first.out + first.err).isascii() and "\r" not in first.out
+    with Image.open("out/vit.png") as picture:
+        assert picture.mode == "RGB"
+    again, other = run("--out-dir again"), run("--out-dir other --seed 1")
+    losses = [[line.split()[:3] for line in r.out.splitlines()[4:6]] for r in (first, again, other)]
+    assert losses[0] == losses[1] != losses[2]
+    saved = [torch.load(f"{d}/vit.pt", weights_only=True) for d in ("out", "again", "other")]
+    models = [vit.VisionTransformer(**part["architecture"]) for part in saved]
+    for model, part in zip(models, saved, strict=True):
+        assert part["data"] == "drawn digits"
+        model.load_state_dict(part["weights"])
+    values = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
+    assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte"])
+def test_broken_data_is_an_error_and_stays(run, name):
+    broken = Path("data/MNIST/raw", name)
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"\0\0\x08")
+    with pytest.raises(ValueError, match="raw is damaged"):
+        run()
+    assert broken.read_bytes() == b"\0\0\x08" and not Path("out/vit.pt").exists()
+
+
+BAD = [
+    ("--patch-size 5", "patch_size 5 .*28"),
+    ("--epochs 0", "epochs .*1.* 0"),
+    ("--lr nan", "lr"),
+]
+BAD += [
+    ("--batch-size -1", "batch_size .*-1"),
+    ("--device cuda:99", "cuda:99"),
+    ("--out-dir f", "f"),
+]
+
+
+@pytest.mark.parametrize("options, words", BAD)
+def test_bad_options_are_refused_before_the_data(run, options, words):
+    Path("f").touch()
+    with pytest.raises((ValueError, OSError), match=words):
+        run(options)
+    assert not Path("data").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    def save(path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    (tmp_path / "vit.pt").write_text("old")
+    with pytest.raises(OSError, match="disk full"):
+        vit.write(tmp_path / "vit.pt", save)
+    assert (tmp_path / "vit.pt").read_text() == "old"
