@@ -185,7 +185,7 @@ def test_train_overfits_one_batch():
     torch.manual_seed(0)
     model = vit.VisionTransformer(28, 7, 1, 10, 64, 4, 4, 2.0)
     batch = vit.draw_digits(64).tensors
-    vit.train(model, [batch], epochs=50)
+    vit.train(model, [batch], epochs=50, lr=3e-3)
     assert model.training and vit.evaluate(model, [batch]) == 1.0
 
 
@@ -296,3 +296,32 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         vit.write(tmp_path / "vit.pt", save)
     assert (tmp_path / "vit.pt").read_text() == "old"
+
+
+def test_the_readmes_python_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    photos = [f"photos/{name}/{i}.png" for name in ("cat", "dog") for i in range(3)]
+    for name in ("digit.png", *photos):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 50), 64).convert("RGB").save(name)
+    sizes = dict(zip(("img_size", "patch_size", "in_channels"), (28, 7, 1), strict=True))
+    sizes |= {"num_classes": 10, "embed_dim": 64, "depth": 4, "n_heads": 4, "mlp_ratio": 2.0}
+    weights = vit.VisionTransformer(**sizes).state_dict()
+    Path("out").mkdir()
+    torch.save({"architecture": sizes, "weights": weights}, "out/vit.pt")
+    deit = vit.VisionTransformer(224, 16, 3, 1000, embed_dim=192, depth=12, n_heads=3)
+    torch.save({"model": deit.state_dict()}, "deit_tiny_patch16_224.pth")
+
+    monkeypatch.setattr(vit, "load_mnist", lambda folder: [vit.draw_digits(130)] * 2)
+    train = vit.train
+    monkeypatch.setattr(
+        vit, "train", lambda *args, **options: train(*args, **options | {"epochs": 1})
+    )
+    env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    readme, names = Path(vit.__file__).with_name("README.md").read_text(), {}
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        exec(block, names)  # noqa: S102
+    close(names["probabilities"].sum(-1), torch.ones(8))
+    assert names["looks"].shape == (4, 4)

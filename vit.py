@@ -45,7 +45,7 @@ class Hyperparameters:
     out_dir: str = option("out", "folder for the model, vit.pt, and a picture, vit.png")
     epochs: int = option(5, "passes over the training images")
     batch_size: int = option(128, "images a step; twice as many are faster, in half the steps")
-    lr: float = option(4e-3, "peak learning rate of AdamW", low=1e-9)
+    lr: float = option(6e-3, "peak learning rate of AdamW; the wider the model, the lower", low=1e-9)
     weight_decay: float = option(0.05, "of AdamW, on matrices only", low=0)
     seed: int = option(0, "the same on the same machine gives the same numbers", low=0)
     device: str = option("", "cpu, cuda, cuda:1, mps, ...; by default the best one present")
@@ -300,7 +300,7 @@ def make_optimizer(model, lr, weight_decay, n_steps):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def train(model, loader, epochs=5, lr=4e-3, weight_decay=0.05, augment=None, on_step=None):
+def train(model, loader, epochs=5, lr=1e-3, weight_decay=0.05, augment=None, on_step=None):
     """Train the model in place, on its device; loader gives (images, labels) and has a length.
 
     augment(images) changes each batch. on_step(epoch, step, loss) is called after each step with
@@ -396,15 +396,18 @@ def write(path, save):
 
 def main():
     hp = parse_options()
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    best = "mps" if torch.backends.mps.is_available() else best
+    mps = torch.backends.mps.is_available()
+    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     device, out_dir = hp.device or best, Path(hp.out_dir)
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # every backend has its own
         raise ValueError(f"device {device} does not work here, try --device cpu") from error
-    out_dir.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out_dir).close()  # fails now rather than after the training
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()  # now rather than after the training
+    except OSError as error:
+        raise ValueError(f"out_dir {out_dir} cannot be written: {error}") from error
 
     torch.manual_seed(hp.seed)
     names = ("patch_size", "embed_dim", "depth", "n_heads", "mlp_ratio", "dropout")
