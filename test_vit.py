@@ -221,7 +221,8 @@ def test_augment_moves_digits_a_little_and_mirrors_none():
 
 
 def python(*args, **options):
-    command = [sys.executable, "-B", "-W", "error", *args]
+    # torch 2.5 leaves a temporary folder to the garbage collector, which warns of it.
+    command = [sys.executable, "-B", "-W", "error", "-W", "ignore::ResourceWarning", *args]
     done = subprocess.run(command, check=False, capture_output=True, text=True, **options)
     return done.returncode, done.stdout, done.stderr
 
@@ -246,7 +247,9 @@ def test_run_without_mnist_and_twice_the_same(run):
     with Image.open("out/vit.png") as picture:
         assert picture.mode == "RGB"
     again, other = run("--out-dir again"), run("--out-dir other --seed 1")
-    losses = [[line.split()[:3] for line in r.out.splitlines()[4:6]] for r in (first, again, other)]
+    losses = [
+        [line.split()[:3] for line in r.out.splitlines()[-3:-1]] for r in (first, again, other)
+    ]
     assert losses[0] == losses[1] != losses[2]
     saved = [torch.load(f"{d}/vit.pt", weights_only=True) for d in ("out", "again", "other")]
     models = [vit.VisionTransformer(**part["architecture"]) for part in saved]

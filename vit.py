@@ -7,13 +7,12 @@ file to run, to copy and to read from top to bottom:
     python vit.py           # RESULT
     python vit.py --help    # every hyperparameter is an option
 
-Letters in shapes: B batch, C channels, H height, W width, P side of a patch, N patches,
-T = 1 + N tokens, D width of a token, K heads.
+Letters in shapes: B batch, C channels, H height and W width of an image, P side of a patch,
+N patches, T = 1 + N tokens, D width of a token, K heads.
 """
 
 import argparse
 import math
-import os
 import socket
 import sys
 import tempfile
@@ -45,7 +44,7 @@ class Hyperparameters:
     out_dir: str = option("out", "folder for the model, vit.pt, and a picture, vit.png")
     epochs: int = option(5, "passes over the training images")
     batch_size: int = option(128, "images a step; twice as many are faster, in half the steps")
-    lr: float = option(6e-3, "peak learning rate of AdamW; the wider the model, the lower", low=1e-9)
+    lr: float = option(6e-3, "peak of AdamW's; the wider the model, the lower", low=1e-9)
     weight_decay: float = option(0.05, "of AdamW, on matrices only", low=0)
     seed: int = option(0, "the same on the same machine gives the same numbers", low=0)
     device: str = option("", "cpu, cuda, cuda:1, mps, ...; by default the best one present")
@@ -55,9 +54,6 @@ class Hyperparameters:
     n_heads: int = option(4, "attention heads, each embed_dim / n_heads wide")
     mlp_ratio: float = option(2.0, "hidden width of the MLP / embed_dim", low=1e-9)
     dropout: float = option(0.0, "0 to 1; a few epochs are too short to overfit", low=0)
-
-
-# ---- The model -------------------------------------------------------------------------------
 
 
 class PatchEmbed(nn.Module):
@@ -116,7 +112,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Transform each token by itself: (B, T, D) -> (B, T, D)."""
+    """Transform each token by itself: (B, T, D) -> (B, T, D). ValueError if hidden_dim < 1."""
 
     def __init__(self, embed_dim, hidden_dim, dropout=0.0):
         super().__init__()
@@ -131,7 +127,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of the encoder (paper, equations 2 and 3): (B, T, D) -> (B, T, D)."""
+    """Attention, then an MLP (paper, equations 2 and 3): (B, T, D) -> (B, n_out or T, D)."""
 
     def __init__(self, embed_dim, n_heads, mlp_ratio=4.0, qkv_bias=True, dropout=0.0):
         super().__init__()
@@ -193,8 +189,9 @@ class VisionTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight.data.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.cls_token, std=0.2)
-        nn.init.normal_(self.pos_embed, std=0.2)
+        # Large, so that places differ from the first step: 0.2 learns later, and 0.02 later still.
+        nn.init.normal_(self.cls_token, std=0.5)
+        nn.init.normal_(self.pos_embed, std=0.5)
 
     def embed(self, images):
         """Images to tokens (paper, equation 1): (B, C, H, W) -> (B, T, D)."""
@@ -203,7 +200,7 @@ class VisionTransformer(nn.Module):
         return self.dropout(x + self.pos_embed)
 
     def features(self, images, n_tokens=None):
-        """Normalised tokens after the last block: (B, C, H, W) -> (B, T, D); token 0 is [CLS]."""
+        """Tokens after the last block, or n_tokens: (B, C, H, W) -> (B, T, D); token 0 is [CLS]."""
         x = self.embed(images)
         *blocks, last = self.blocks
         for block in blocks:
@@ -221,9 +218,6 @@ class VisionTransformer(nn.Module):
             maps.append(block.attn.weights(block.norm1(x)))
             x = block(x)
         return torch.stack(maps, dim=1)
-
-
-# ---- Data ------------------------------------------------------------------------------------
 
 
 def load_mnist(folder):
@@ -244,19 +238,7 @@ def load_mnist(folder):
         reason = " ".join(str(error).split()) or type(error).__name__
         if absent:
             raise ConnectionError(reason) from error
-        raise ValueError(f"{raw} is damaged, empty it and run again: {reason}") from error
-
-
-def draw_digits(n):
-    """A stand-in for MNIST: n digits in Pillow's own font, turned, scaled, shifted and noised."""
-    font, digits = ImageFont.load_default(size=24), []
-    for digit in "0123456789":
-        image = Image.new("L", (28, 28))
-        ImageDraw.Draw(image).text((14, 14), digit, fill=255, font=font, anchor="mm")
-        digits.append(to_tensor(image))
-    labels = torch.arange(n) % 10
-    images = augment(torch.stack(digits)[labels], degrees=20, scale=0.2, shift=4)
-    return TensorDataset((images + 0.1 * torch.randn_like(images)).clamp(0, 1), labels)
+        raise ValueError(f"{raw} is damaged, move its files away: {reason}") from error
 
 
 def augment(images, degrees=10, scale=0.1, shift=2):
@@ -272,6 +254,18 @@ def augment(images, degrees=10, scale=0.1, shift=2):
     return F.grid_sample(images, grid, align_corners=False)
 
 
+def draw_digits(n):
+    """A stand-in for MNIST: n digits in Pillow's own font, turned, scaled, shifted and noised."""
+    font, digits = ImageFont.load_default(size=24), []
+    for digit in "0123456789":
+        image = Image.new("L", (28, 28))
+        ImageDraw.Draw(image).text((14, 14), digit, fill=255, font=font, anchor="mm")
+        digits.append(to_tensor(image))
+    labels = torch.arange(n) % 10
+    images = augment(torch.stack(digits)[labels])
+    return TensorDataset((images + 0.1 * torch.randn_like(images)).clamp(0, 1), labels)
+
+
 def make_loader(dataset, batch_size, seed=None):
     """A DataLoader that takes each batch by one index; with a seed, in a new order every epoch."""
     # A generator of its own: whatever else is drawn, the order of the images stays the same.
@@ -279,9 +273,6 @@ def make_loader(dataset, batch_size, seed=None):
     shuffled = RandomSampler(dataset, generator=generator)
     order = BatchSampler(range(len(dataset)) if seed is None else shuffled, batch_size, False)
     return DataLoader(dataset, batch_size=None, sampler=order, generator=generator)
-
-
-# ---- Training and evaluation -----------------------------------------------------------------
 
 
 def make_optimizer(model, lr, weight_decay, n_steps):
@@ -368,9 +359,6 @@ def draw_attention(model, images, labels, n=8):
     return torch.cat(tiles)
 
 
-# ---- The run ---------------------------------------------------------------------------------
-
-
 def parse_options():
     """Hyperparameters from the command line; raises ValueError for a number out of range."""
     parser = argparse.ArgumentParser(
@@ -390,8 +378,9 @@ def parse_options():
 
 def write(path, save):
     """Have save(path) write beside the path and move it there: no file is ever half-written."""
-    save(path.with_name("new-" + path.name))
-    os.replace(path.with_name("new-" + path.name), path)
+    beside = path.with_name("new-" + path.name)
+    save(beside)
+    beside.replace(path)
 
 
 def main():
