@@ -189,7 +189,7 @@ class VisionTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight.data.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # Large, so that places differ from the first step: 0.2 learns later, and 0.02 later still.
+        # Large, so that places differ from the first step on: with 0.2, training starts later.
         nn.init.normal_(self.cls_token, std=0.5)
         nn.init.normal_(self.pos_embed, std=0.5)
 
@@ -208,7 +208,7 @@ class VisionTransformer(nn.Module):
         return self.norm(last(x, n_tokens))
 
     def forward(self, images):
-        # The head reads [CLS] only, so the last block computes only that: a fifth less work.
+        # The head reads only [CLS], so that is all the last block computes: the same, but faster.
         return self.head(self.features(images, n_tokens=1)[:, 0])
 
     def attention_maps(self, images):
