@@ -113,7 +113,7 @@ def test_every_parameter_learns_from_the_first_step():
     loss.backward()
     assert loss < 2 * math.log(5)
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
-    assert model.pos_embed.std() < 0.5 and model.cls_token.std() < 0.5
+    assert model.pos_embed.std() < 0.8 and model.cls_token.std() < 0.8
 
 
 def test_dropout_is_everywhere_and_off_in_eval():
@@ -189,13 +189,17 @@ def test_train_overfits_one_batch():
     assert model.training and vit.evaluate(model, [batch]) == 1.0
 
 
-def test_train_reports_the_mean_loss_and_stops_if_it_is_not_finite():
+def test_train_reports_the_mean_loss_and_stops_if_it_is_not_finite(monkeypatch):
+    make_optimizer, made = vit.make_optimizer, []
+    spy = lambda *args: made.append(make_optimizer(*args)) or made[-1]  # noqa: E731
+    monkeypatch.setattr(vit, "make_optimizer", spy)
     model, images = make()
     labels, heard = torch.arange(6) % 5, []
     loader = DataLoader(TensorDataset(images, labels), batch_size=4)
     vit.train(model, loader, 1, lr=1e-12, on_step=lambda *step: heard.append(step))
     assert [step[:2] for step in heard] == [(1, 1), (1, 2)] and not heard[1][2].requires_grad
     close(heard[1][2], F.cross_entropy(model(images), labels).detach())
+    assert made[0][1].get_last_lr() == [0, 0]  # the schedule went along, to its end
     with pytest.raises(FloatingPointError, match="epoch 1"):
         vit.train(model, [(images * math.inf, labels)])
 
