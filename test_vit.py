@@ -191,7 +191,7 @@ def test_train_overfits_one_batch():
 
 def test_train_reports_the_mean_loss_and_stops_if_it_is_not_finite(monkeypatch):
     make_optimizer, made = vit.make_optimizer, []
-    spy = lambda *args: made.append(make_optimizer(*args)) or made[-1]  # noqa: E731
+    spy = lambda *args: made.append(make_optimizer(*args)) or made[-1]
     monkeypatch.setattr(vit, "make_optimizer", spy)
     model, images = make()
     labels, heard = torch.arange(6) % 5, []
