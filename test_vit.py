@@ -91,6 +91,7 @@ def test_model_is_torchvisions():
     with_weights(reference, [cls_token, weight, bias, pos_embed, *others])
     close(model(images), reference(images))
     close(model.head(model.features(images)[:, 0]), reference(images))
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
 
 
 def test_patch_embedding_is_unfold_and_linear():
@@ -198,6 +199,7 @@ def test_train_reports_the_mean_loss_and_stops_if_it_is_not_finite(monkeypatch):
     loader = DataLoader(TensorDataset(images, labels), batch_size=4)
     vit.train(model, loader, 1, lr=1e-12, on_step=lambda *step: heard.append(step))
     assert [step[:2] for step in heard] == [(1, 1), (1, 2)] and not heard[1][2].requires_grad
+    assert model.training  # though it came in eval mode
     close(heard[1][2], F.cross_entropy(model(images), labels).detach())
     assert made[0][1].get_last_lr() == [0, 0]  # the schedule went along, to its end
     with pytest.raises(FloatingPointError, match="epoch 1"):
