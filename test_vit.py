@@ -56,7 +56,7 @@ def test_shapes():
     assert sum(p.numel() for p in mnist.parameters()) == 139_018
     assert mnist(torch.rand(3, 1, 28, 28)).shape == (3, 10)
     model, images = make(qkv_bias=False)
-    assert model(images[:1]).shape == (1, 5)
+    assert model(images[:1]).shape == (1, 5) and model.blocks[0].attn.qkv.bias is None
     assert model.features(images).shape == (6, 10, 16)
     assert model.attention_maps(images).shape == (6, 2, 4, 10, 10)
     with torch.device("meta"):  # ViT-B/16 at no cost
@@ -109,7 +109,7 @@ def test_places_matter_and_the_rest_of_the_batch_does_not():
 
 
 def test_every_parameter_learns_from_the_first_step():
-    model = vit.VisionTransformer(12, 4, 3, 5, 16, 2, 4)
+    model = vit.VisionTransformer(12, 4, 3, 5, 64, 2, 4)
     loss = F.cross_entropy(model(torch.randn(6, 3, 12, 12)), torch.arange(6) % 5)
     loss.backward()
     assert loss < 2 * math.log(5)
