@@ -45,7 +45,7 @@ class Hyperparameters:
     out_dir: str = option("out", "folder for the model, vit.pt, and a picture, vit.png")
     epochs: int = option(5, "passes over the training images")
     batch_size: int = option(128, "images a step; twice as many are faster, in half the steps")
-    lr: float = option(6e-3, "peak of AdamW's; the wider the model, the lower", low=1e-9)
+    lr: float = option(6e-3, "peak learning rate; lower it for wider models", low=1e-9)
     weight_decay: float = option(0.05, "of AdamW, on matrices only", low=0)
     seed: int = option(0, "the same on the same machine gives the same numbers", low=0)
     device: str = option("", "cpu, cuda, cuda:1, mps, ...; by default the best one present")
