@@ -201,7 +201,7 @@ class VisionTransformer(nn.Module):
         return self.dropout(x + self.pos_embed)
 
     def features(self, images, n_tokens=None):
-        """Tokens after the last block, or n_tokens: (B, C, H, W) -> (B, T, D); token 0 is [CLS]."""
+        """Final tokens, or the first n_tokens: (B, C, H, W) -> (B, T, D); token 0 is [CLS]."""
         x = self.embed(images)
         *blocks, last = self.blocks
         for block in blocks:
@@ -213,7 +213,7 @@ class VisionTransformer(nn.Module):
         return self.head(self.features(images, n_tokens=1)[:, 0])
 
     def attention_maps(self, images):
-        """Where tokens look, block by block: (B, C, H, W) -> (B, depth, K, T, T)."""
+        """Where tokens look, by block: (B, C, H, W) -> (B, depth, K, T, T); rows sum to 1."""
         x, maps = self.embed(images), []
         for block in self.blocks:
             maps.append(block.attn.weights(block.norm1(x)))
