@@ -136,6 +136,17 @@ def test_attention_maps_are_what_the_blocks_use():
     close(model.norm(x), model.features(images))
 
 
+def test_the_picture_frames_right_in_green_and_wrong_in_red():
+    model = vit.VisionTransformer(28, 7, 1, 10, 16, 1, 1).eval()
+    images, _ = vit.draw_digits(20).tensors
+    labels = model(images).argmax(dim=1)
+    labels[5:] += 1  # five right, fifteen wrong, of which eight are shown
+    tiles = vit.draw_attention(model, images, labels)
+    assert tiles.shape == (5 + 8, 3, 2 * 112 + 8, 112 + 8)
+    red, green, _ = tiles[:, :, 0, 0].T
+    assert (green > red)[:5].all() and (red > green)[5:].all()
+
+
 IMPOSSIBLE = [("patch_size", 5), ("patch_size", 0), ("n_heads", 3), ("n_heads", 0), ("depth", 0)]
 IMPOSSIBLE += [("embed_dim", -16), ("mlp_ratio", 0.0), ("in_channels", 0), ("dropout", 1.5)]
 
@@ -197,11 +208,14 @@ def test_train_reports_the_mean_loss_and_stops_if_it_is_not_finite(monkeypatch):
     model, images = make()
     labels, heard = torch.arange(6) % 5, []
     loader = DataLoader(TensorDataset(images, labels), batch_size=4)
-    vit.train(model, loader, 1, lr=1e-12, on_step=lambda *step: heard.append(step))
+    say = lambda *step: heard.append(step)
+    vit.train(model, loader, 1, lr=1e-12, on_step=say)
     assert [step[:2] for step in heard] == [(1, 1), (1, 2)] and not heard[1][2].requires_grad
     assert model.training  # though it came in eval mode
     close(heard[1][2], F.cross_entropy(model(images), labels).detach())
     assert made[0][1].get_last_lr() == [0, 0]  # the schedule went along, to its end
+    vit.train(model, loader, 1, lr=1e-12, augment=torch.zeros_like, on_step=say)
+    close(heard[-1][2], F.cross_entropy(model(0 * images), labels).detach())
     with pytest.raises(FloatingPointError, match="epoch 1"):
         vit.train(model, [(images * math.inf, labels)])
 
@@ -277,7 +291,7 @@ def test_broken_data_is_an_error_and_stays(run, name, monkeypatch):
     (mirror / name).write_bytes(b"what a download would put there")
     monkeypatch.setattr(vit.MNIST, "mirrors", [mirror.as_uri() + "/"])
     broken.write_bytes(b"\0\0\x08")
-    with pytest.raises(ValueError, match="raw is damaged"):
+    with pytest.raises(ValueError, match="raw is incomplete or damaged"):
         run()
     assert broken.read_bytes() == b"\0\0\x08" and not Path("out/vit.pt").exists()
 
