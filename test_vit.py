@@ -174,21 +174,23 @@ def test_evaluate_counts_each_image_once_and_changes_nothing():
     assert model.training and not any(grads)
 
 
-def test_learning_rate_and_weight_decay():
+def test_learning_rates_and_weight_decay():
     model, _ = make()
-    optimizer, schedule = vit.make_optimizer(model, 1.0, 0.1, n_steps=100)
-    rates = []
+    optimizers, schedules = vit.make_optimizers(model, 1.0, 0.1, n_steps=100)
+    rates = [[], []]
     for _ in range(100):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    peak = rates.index(max(rates))
-    assert rates[0] < 0.2 and 0.98 < max(rates) <= 1 and 0 < peak < 20
-    assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
-    assert rates[-1] < 0.02 and schedule.get_last_lr() == [0, 0]
-    decays = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        for optimizer, schedule, rate in zip(optimizers, schedules, rates, strict=True):
+            rate += [group["lr"] for group in optimizer.param_groups]
+            optimizer.step()
+            schedule.step()
+    rate, peak = rates[0], rates[0].index(max(rates[0]))
+    assert rate == rates[1] == sorted(rate[:peak]) + sorted(rate[peak:], reverse=True)
+    assert rate[0] < 0.2 and 0.98 < rate[peak] <= 1 and 0 < peak < 20 and rate[-1] < 0.02
+    assert [schedule.get_last_lr() for schedule in schedules] == [[0], [0]]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
-        is_matrix = re.search(r"(proj|qkv|fc1|fc2|head)\.weight$", name)
+        is_matrix = re.search(r"(attn.proj|qkv|fc1|fc2|head)\.weight$", name)
         assert decays.pop(p) == (0.1 if is_matrix else 0.0), name
     assert not decays
 
@@ -202,9 +204,9 @@ def test_train_overfits_one_batch():
 
 
 def test_train_reports_the_mean_loss_and_stops_if_it_is_not_finite(monkeypatch):
-    make_optimizer, made = vit.make_optimizer, []
-    spy = lambda *args: made.append(make_optimizer(*args)) or made[-1]
-    monkeypatch.setattr(vit, "make_optimizer", spy)
+    make_optimizers, made = vit.make_optimizers, []
+    spy = lambda *args: made.append(make_optimizers(*args)) or made[-1]
+    monkeypatch.setattr(vit, "make_optimizers", spy)
     model, images = make()
     labels, heard = torch.arange(6) % 5, []
     loader = DataLoader(TensorDataset(images, labels), batch_size=4)
@@ -213,7 +215,7 @@ def test_train_reports_the_mean_loss_and_stops_if_it_is_not_finite(monkeypatch):
     assert [step[:2] for step in heard] == [(1, 1), (1, 2)] and not heard[1][2].requires_grad
     assert model.training  # though it came in eval mode
     close(heard[1][2], F.cross_entropy(model(images), labels).detach())
-    assert made[0][1].get_last_lr() == [0, 0]  # the schedule went along, to its end
+    assert [s.get_last_lr() for s in made[0][1]] == [[0], [0]]  # they went along, to their end
     vit.train(model, loader, 1, lr=1e-12, augment=torch.zeros_like, on_step=say)
     close(heard[-1][2], F.cross_entropy(model(0 * images), labels).detach())
     with pytest.raises(FloatingPointError, match="epoch 1"):
@@ -296,16 +298,9 @@ def test_broken_data_is_an_error_and_stays(run, name, monkeypatch):
     assert broken.read_bytes() == b"\0\0\x08" and not Path("out/vit.pt").exists()
 
 
-BAD = [
-    ("--patch-size 5", "patch_size 5 .*28"),
-    ("--epochs 0", "epochs .*1.* 0"),
-    ("--lr nan", "lr"),
-]
-BAD += [
-    ("--batch-size -1", "batch_size .*-1"),
-    ("--device cuda:99", "cuda:99"),
-    ("--out-dir f", "f"),
-]
+BAD = [("--patch-size 5", "patch_size 5 .*28"), ("--epochs 0", "epochs .*1.* 0")]
+BAD += [("--lr nan", "lr .*nan"), ("--batch-size -1", "batch_size .*-1")]
+BAD += [("--device cuda:99", "cuda:99"), ("--out-dir f", "out_dir f")]
 
 
 @pytest.mark.parametrize("options, words", BAD)
@@ -316,15 +311,17 @@ def test_bad_options_are_refused_before_the_data(run, options, words):
     assert not Path("data").exists()
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    def save(path):
-        path.write_text("half")
+def test_a_failed_write_leaves_the_old_file(run, monkeypatch):
+    def save(_, path):
+        Path(path).write_text("half")
         raise OSError("disk full")
 
-    (tmp_path / "vit.pt").write_text("old")
+    Path("out").mkdir()
+    Path("out/vit.pt").write_text("old")
+    monkeypatch.setattr(torch, "save", save)
     with pytest.raises(OSError, match="disk full"):
-        vit.write(tmp_path / "vit.pt", save)
-    assert (tmp_path / "vit.pt").read_text() == "old"
+        run()
+    assert [path.read_text() for path in Path("out").iterdir()] == ["old"]
 
 
 def test_the_readmes_python_runs(monkeypatch, tmp_path):
