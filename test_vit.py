@@ -269,10 +269,8 @@ def test_run_without_mnist_and_twice_the_same(run):
     with Image.open("out/vit.png") as picture:
         assert picture.mode == "RGB"
     again, other = run("--out-dir again"), run("--out-dir other --seed 1 --lr 1e-9")
-    losses = [
-        [line.split()[:3] for line in r.out.splitlines()[-3:-1]] for r in (first, again, other)
-    ]
-    assert losses[0] == losses[1] != losses[2]
+    rows = [re.findall(r"\n( +\d .*%)", one.out) for one in (first, again, other)]
+    assert rows[0] == rows[1] != rows[2] and len(rows[0]) == 2  # epoch, loss and accuracy
     saved = [torch.load(f"{d}/vit.pt", weights_only=True) for d in ("out", "again", "other")]
     models = [vit.VisionTransformer(**part["architecture"]) for part in saved]
     for model, part in zip(models, saved, strict=True):
@@ -283,6 +281,14 @@ def test_run_without_mnist_and_twice_the_same(run):
     values = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
     assert torch.equal(values[0], values[1])
     assert not torch.allclose(values[2], values[3], atol=1e-4)
+
+
+def test_main_passes_on_what_it_is_told(run, monkeypatch):
+    told = []
+    spy = lambda model, loader, *rest: told.append((loader.sampler.batch_size, *rest[:4]))
+    monkeypatch.setattr(vit, "train", spy)
+    run("--batch-size 7 --epochs 3 --lr 0.5 --weight-decay 0.25")
+    assert told == [(7, 3, 0.5, 0.25, vit.augment)]
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte"])
@@ -330,8 +336,8 @@ def test_the_readmes_python_runs(monkeypatch, tmp_path):
     for name in ("digit.png", *photos):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((40, 50), 64).convert("RGB").save(name)
-    sizes = dict(zip(("img_size", "patch_size", "in_channels"), (28, 7, 1), strict=True))
-    sizes |= {"num_classes": 10, "embed_dim": 64, "depth": 4, "n_heads": 4, "mlp_ratio": 2.0}
+    sizes = {"img_size": 28, "patch_size": 7, "in_channels": 1, "num_classes": 10}
+    sizes |= {"embed_dim": 64, "depth": 4, "n_heads": 4, "mlp_ratio": 2.0}
     weights = vit.VisionTransformer(**sizes).state_dict()
     Path("out").mkdir()
     torch.save({"architecture": sizes, "weights": weights}, "out/vit.pt")
@@ -339,10 +345,8 @@ def test_the_readmes_python_runs(monkeypatch, tmp_path):
     torch.save({"model": deit.state_dict()}, "deit_tiny_patch16_224.pth")
 
     monkeypatch.setattr(vit, "load_mnist", lambda folder: [vit.draw_digits(130)] * 2)
-    train = vit.train
-    monkeypatch.setattr(
-        vit, "train", lambda *args, **options: train(*args, **options | {"epochs": 1})
-    )
+    once = lambda *args, train=vit.train, **others: train(*args, **others | {"epochs": 1})
+    monkeypatch.setattr(vit, "train", once)
     env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in env.items():
         monkeypatch.setenv(name, value)

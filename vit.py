@@ -138,8 +138,7 @@ class Block(nn.Module):
     def forward(self, x, n_out=None):
         # The norms stand inside the branches: along the sum, gradients reach any depth unchanged.
         x = x[:, :n_out] + self.attn(self.norm1(x), n_out)
-        x = x + self.mlp(self.norm2(x))
-        return x
+        return x + self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nn.Module):
@@ -190,11 +189,8 @@ class VisionTransformer(nn.Module):
 
     def features(self, images, n_tokens=None):
         """Final tokens, or the first n_tokens: (B, C, H, W) -> (B, T, D); token 0 is [CLS]."""
-        x = self.embed(images)
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x)
-        return self.norm(last(x, n_tokens))
+        x = self.blocks[:-1](self.embed(images))
+        return self.norm(self.blocks[-1](x, n_tokens))
 
     def forward(self, images):
         # The head reads only [CLS], so that is all the last block computes: the same, but faster.
