@@ -45,7 +45,7 @@ class Hyperparameters:
     out_dir: str = option("out", "folder for the model, vit.pt, and a picture, vit.png")
     epochs: int = option(5, "passes over the training images")
     batch_size: int = option(192, "images a step; fewer are slower, in more steps")
-    lr: float = option(1e-2, "peak learning rate; lower it for wider models", low=1e-9)
+    lr: float = option(1e-2, "peak learning rate, lower for large models, small patches", low=1e-9)
     weight_decay: float = option(0.05, "on matrices only", low=0)
     seed: int = option(0, "the same on the same machine gives the same numbers", low=0)
     device: str = option("", "cpu, cuda, cuda:1, mps, ...; by default the best one present")
@@ -263,8 +263,9 @@ def make_optimizers(model, lr, weight_decay, n_steps):
     """Muon for matrices, AdamW for the rest; their lr rises for n_steps / 10, then falls to 0."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    # Muon (Jordan, 2024) makes each change of a matrix nearly orthogonal: all its directions learn
-    # at one pace, so few epochs do. Scaled to AdamW's usual change, it can share AdamW's lr.
+    # Muon (Jordan, 2024, kellerjordan.github.io/posts/muon) makes each change of a matrix nearly
+    # orthogonal: all its directions learn at one pace, so few epochs do. Three of its iterations
+    # are near enough. Scaled to the usual change of AdamW, it can share AdamW's lr.
     muon = torch.optim.Muon(
         matrices, lr, weight_decay, momentum=0.9, ns_steps=3, adjust_lr_fn="match_rms_adamw"
     )
