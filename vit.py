@@ -44,7 +44,7 @@ class Hyperparameters:
     data_dir: str = option("data", "folder with MNIST, downloaded into it if absent")
     out_dir: str = option("out", "folder for the model, vit.pt, and a picture, vit.png")
     epochs: int = option(5, "passes over the training images")
-    batch_size: int = option(192, "images a step; fewer are slower, in more steps")
+    batch_size: int = option(256, "images a step; fewer are slower, in more steps")
     lr: float = option(1e-2, "peak learning rate, lower for large models, small patches", low=1e-9)
     weight_decay: float = option(0.05, "on matrices only", low=0)
     seed: int = option(0, "the same on the same machine gives the same numbers", low=0)
