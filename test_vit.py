@@ -176,7 +176,7 @@ def test_evaluate_counts_each_image_once_and_changes_nothing():
 
 def test_learning_rates_and_weight_decay():
     model, _ = make()
-    optimizers, schedules = vit.make_optimizers(model, 1.0, 0.1, n_steps=100)
+    optimizers, schedules = vit.make_optimizers(model, 1.0, 0.3, n_steps=100)
     rates = [[], []]
     for _ in range(100):
         for optimizer, schedule, rate in zip(optimizers, schedules, rates, strict=True):
@@ -191,7 +191,7 @@ def test_learning_rates_and_weight_decay():
     decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
         is_matrix = re.search(r"(attn.proj|qkv|fc1|fc2|head)\.weight$", name)
-        assert decays.pop(p) == (0.1 if is_matrix else 0.0), name
+        assert decays.pop(p) == (0.3 if is_matrix else 0.0), name
     assert not decays
 
 
@@ -211,11 +211,12 @@ def test_train_reports_the_mean_loss_and_stops_if_it_is_not_finite(monkeypatch):
     labels, heard = torch.arange(6) % 5, []
     loader = DataLoader(TensorDataset(images, labels), batch_size=4)
     say = lambda *step: heard.append(step)
-    vit.train(model, loader, 1, lr=1e-12, on_step=say)
+    vit.train(model, loader, 1, lr=1e-12, weight_decay=0.3, on_step=say)
     assert [step[:2] for step in heard] == [(1, 1), (1, 2)] and not heard[1][2].requires_grad
     assert model.training  # though it came in eval mode
     close(heard[1][2], F.cross_entropy(model(images), labels).detach())
     assert [s.get_last_lr() for s in made[0][1]] == [[0], [0]]  # they went along, to their end
+    assert made[0][0][0].param_groups[0]["weight_decay"] == 0.3
     vit.train(model, loader, 1, lr=1e-12, augment=torch.zeros_like, on_step=say)
     close(heard[-1][2], F.cross_entropy(model(0 * images), labels).detach())
     with pytest.raises(FloatingPointError, match="epoch 1"):
