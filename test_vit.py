@@ -137,7 +137,7 @@ def test_attention_maps_are_what_the_blocks_use():
 
 
 def test_the_picture_frames_right_in_green_and_wrong_in_red():
-    model = vit.VisionTransformer(28, 7, 1, 10, 16, 1, 1).eval()
+    model = vit.VisionTransformer(28, 7, 1, 10, 16, 2, 2).eval()
     images, _ = vit.draw_digits(20).tensors
     labels = model(images).argmax(dim=1)
     labels[5:] += 1  # five right, fifteen wrong, of which eight are shown
@@ -145,6 +145,9 @@ def test_the_picture_frames_right_in_green_and_wrong_in_red():
     assert tiles.shape == (5 + 8, 3, 2 * 112 + 8, 112 + 8)
     red, green, _ = tiles[:, :, 0, 0].T
     assert (green > red)[:5].all() and (red > green)[5:].all()
+    looks = model.attention_maps(images[:13])[:, 1, :, 0, 1:].mean(dim=1).unflatten(1, (1, 4, 4))
+    heat = F.interpolate(looks / looks.amax(dim=(2, 3), keepdim=True), (112, 112), mode="bilinear")
+    close((tiles[:, 0] - tiles[:, 2])[:, 116:228, 4:116], 0.6 * heat[:, 0])  # red without the digit
 
 
 IMPOSSIBLE = [("patch_size", 5), ("patch_size", 0), ("n_heads", 3), ("n_heads", 0), ("depth", 0)]
@@ -193,6 +196,16 @@ def test_learning_rates_and_weight_decay():
         is_matrix = re.search(r"(attn.proj|qkv|fc1|fc2|head)\.weight$", name)
         assert decays.pop(p) == (0.3 if is_matrix else 0.0), name
     assert not decays
+
+
+def test_muons_steps_are_as_large_as_adamws_usual_ones():
+    layer = nn.Linear(256, 256)
+    before = layer.weight.detach().clone()
+    (muon, _), _ = vit.make_optimizers(layer, 1.0, 0.0, n_steps=100)
+    layer.weight.grad = torch.randn(256, 256)
+    muon.step()
+    change = (layer.weight - before).square().mean().sqrt() / muon.param_groups[0]["lr"]
+    assert 0.1 < change < 0.3
 
 
 def test_train_overfits_one_batch():
