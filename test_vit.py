@@ -257,8 +257,7 @@ def test_augment_moves_digits_a_little_and_mirrors_none():
 
 
 def python(*args, **options):
-    # torch 2.5 leaves a temporary folder to the garbage collector, which warns of it.
-    command = [sys.executable, "-B", "-W", "error", "-W", "ignore::ResourceWarning", *args]
+    command = [sys.executable, "-B", "-W", "error", *args]
     done = subprocess.run(command, check=False, capture_output=True, text=True, **options)
     return done.returncode, done.stdout, done.stderr
 
@@ -328,6 +327,16 @@ def test_bad_options_are_refused_before_the_data(run, options, words):
     Path("f").touch()
     with pytest.raises((ValueError, OSError), match=words):
         run(options)
+    assert not Path("data").exists()
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_the_data(run, monkeypatch):
+    def refuse(dir):  # an administrator may write anywhere, so no folder of this test would
+        raise PermissionError(f"no file in {dir}")
+
+    monkeypatch.setattr(vit.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match="out_dir out cannot be written: no file in out"):
+        run()
     assert not Path("data").exists()
 
 
