@@ -304,6 +304,20 @@ def test_main_passes_on_what_it_is_told(run, monkeypatch):
     assert told == [(7, 3, 0.5, 0.25, vit.augment)]
 
 
+def test_mnist_is_read_from_its_files(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, n in (("train", 3), ("t10k", 2)):  # the format: type and axes, sizes, then bytes
+        pixels = bytes([*range(0, 256, 51), *[0] * (784 * n - 6)])
+        sizes = b"".join(size.to_bytes(4, "big") for size in (n, 28, 28))
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(b"\0\0\x08\3" + sizes + pixels)
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\1" + sizes[:4] + bytes(range(n)))
+    for dataset, n in zip(vit.load_mnist(tmp_path), (3, 2), strict=True):
+        images, labels = dataset.tensors
+        assert images.shape == (n, 1, 28, 28) and labels.tolist() == list(range(n))
+        close(images[0, 0, 0, :7], torch.tensor([0, 0.2, 0.4, 0.6, 0.8, 1, 0]))
+
+
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte"])
 def test_broken_data_is_an_error_and_stays(run, name, monkeypatch):
     broken, mirror = Path("data/MNIST/raw", name), Path("mirror").resolve()
