@@ -269,9 +269,13 @@ def test_importing_does_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_errors_are_one_line():
-    error = "vit.py: error: n_heads 5 does not divide embed_dim 64\n"
-    assert python(vit.__file__, "--n-heads", "5") == (1, "", error)
+HUGE = ("--embed-dim 1000 --mlp-ratio 2e9", "out of memory, .*--batch-size.*")  # 8 petabytes
+
+
+@pytest.mark.parametrize("options, words", [("--n-heads 5", "n_heads 5 .*embed_dim 64"), HUGE])
+def test_errors_are_one_line(options, words, tmp_path):
+    code, out, error = python(vit.__file__, *options.split(), "--device", "cpu", cwd=tmp_path)
+    assert (code, out) == (1, "") and re.fullmatch(f"vit.py: error: {words}\n", error)
 
 
 def test_run_without_mnist_and_twice_the_same(run):

@@ -425,3 +425,7 @@ if __name__ == "__main__":
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"vit.py: error: {error}")
+    except RuntimeError as error:
+        if "tried to allocate" not in str(error).lower():  # part of what each backend says
+            raise
+        sys.exit("vit.py: error: out of memory, try a lower --batch-size or a smaller model")
