@@ -302,10 +302,16 @@ def test_run_without_mnist_and_twice_the_same(run):
 
 def test_main_passes_on_what_it_is_told(run, monkeypatch):
     told = []
-    spy = lambda model, loader, *rest: told.append((loader.sampler.batch_size, *rest[:4]))
+
+    def spy(model, loader, *rest):
+        told.append((len(loader.dataset), loader.sampler.batch_size, *rest[:4]))
+        rest[4](1, len(loader), torch.zeros(()))  # an epoch's last step
+
     monkeypatch.setattr(vit, "train", spy)
-    run("--batch-size 7 --epochs 3 --lr 0.5 --weight-decay 0.25")
-    assert told == [(7, 3, 0.5, 0.25, vit.augment)]
+    monkeypatch.setattr(vit, "evaluate", lambda model, loader: len(loader.dataset) / 1000)
+    out = run("--batch-size 7 --epochs 3 --lr 0.5 --weight-decay 0.25").out
+    assert told == [(500, 7, 3, 0.5, 0.25, vit.augment)]
+    assert out.count(" 10.00%") == 2  # both accuracies are of the 100 test images
 
 
 def test_mnist_is_read_from_its_files(tmp_path):
