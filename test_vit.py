@@ -119,9 +119,12 @@ def test_every_parameter_learns_from_the_first_step():
 
 def test_dropout_is_everywhere_and_off_in_eval():
     model, images = make(dropout=0.5)
-    places = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    assert places == [0.5] * 5  # after the embedding, and in two sublayers of two blocks
+    dropouts, widths = [m for m in model.modules() if isinstance(m, nn.Dropout)], []
+    for dropout in dropouts:
+        dropout.register_forward_hook(lambda module, args, out: widths.append(out.shape[2]))
     assert torch.equal(model(images), model(images))
+    assert {dropout.p for dropout in dropouts} == {0.5}
+    assert widths == 2 * [16, *2 * [16, 32, 16]]  # embedding; attention, both layers of the MLP
     assert not torch.equal(model.train()(images), model(images))
 
 
@@ -137,11 +140,11 @@ def test_attention_maps_are_what_the_blocks_use():
 
 
 def test_the_picture_frames_right_in_green_and_wrong_in_red():
-    model = vit.VisionTransformer(28, 7, 1, 10, 16, 2, 2).eval()
+    model = vit.VisionTransformer(28, 7, 1, 10, 16, 2, 2, dropout=0.5).eval()
     images, _ = vit.draw_digits(20).tensors
     labels = model(images).argmax(dim=1)
     labels[5:] += 1  # five right, fifteen wrong, of which eight are shown
-    tiles = vit.draw_attention(model, images, labels)
+    tiles = vit.draw_attention(model.train(), images, labels)
     assert tiles.shape == (5 + 8, 3, 2 * 112 + 8, 112 + 8)
     red, green, _ = tiles[:, :, 0, 0].T
     assert (green > red)[:5].all() and (red > green)[5:].all()
@@ -169,9 +172,10 @@ def test_other_images_are_refused(shape):
 def test_evaluate_counts_each_image_once_and_changes_nothing():
     model, images = make(dropout=0.5)
     labels, grads = model(images).argmax(dim=1), []
-    model.train().register_forward_hook(lambda *_: grads.append(torch.is_grad_enabled()))
+    model.register_forward_hook(lambda *_: grads.append(torch.is_grad_enabled()))
     loader = DataLoader(TensorDataset(images, labels), batch_size=4)
-    assert vit.evaluate(model, loader) == 1.0
+    assert vit.evaluate(model, loader) == 1.0 and not model.training
+    assert vit.evaluate(model.train(), loader) == 1.0
     labels[4:] += 1  # the last batch, of two
     assert vit.evaluate(model, loader) == 4 / 6
     assert model.training and not any(grads)
@@ -309,9 +313,10 @@ def test_main_passes_on_what_it_is_told(run, monkeypatch):
 
     monkeypatch.setattr(vit, "train", spy)
     monkeypatch.setattr(vit, "evaluate", lambda model, loader: len(loader.dataset) / 1000)
+    monkeypatch.setattr(vit, "draw_attention", lambda _, x, y: told.append(len(x)) or x)
     out = run("--batch-size 7 --epochs 3 --lr 0.5 --weight-decay 0.25").out
-    assert told == [(500, 7, 3, 0.5, 0.25, vit.augment)]
-    assert out.count(" 10.00%") == 2  # both accuracies are of the 100 test images
+    assert told == [(500, 7, 3, 0.5, 0.25, vit.augment), 100]
+    assert out.count(" 10.00%") == 2  # both accuracies and the picture are of the 100 test images
 
 
 def test_mnist_is_read_from_its_files(tmp_path):
