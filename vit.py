@@ -5,12 +5,12 @@
     python vit.py --help    # the hyperparameters
 
 The model of "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2020, arXiv:2010.11929): an image
-is cut into patches, and each patch becomes a token, a vector. Blocks of attention and MLP pass
-information between the tokens, until one extra token, [CLS], knows the class. One batch:
+is cut into patches; each becomes a token, a vector, marked with its place. Blocks of attention and
+MLP pass information between the tokens. One extra token, [CLS], gathers what tells the class:
 
-    (128, 1, 28, 28) -> (128, 16, 64) -> with [CLS] (128, 17, 64) -> 4 blocks -> (128, 10)
+    image (1, 28, 28) -> patches (16, 64) -> with [CLS] (17, 64) -> 4 blocks -> [CLS] (64) -> (10)
 
-B images, C channels, H height, W width, P side of a patch, N patches, D width of a token, h heads.
+In shapes: B images, C channels, H x W pixels, N patches of P x P, 1 + N tokens, D wide, h heads.
 """
 
 import argparse
@@ -51,27 +51,27 @@ def parse_options():
 
 
 class PatchEmbed(nn.Module):
-    """Embed each patch of images, (B, C, H, W) -> (B, N, D); ValueError if sizes do not fit."""
+    """Square patches to tokens: (B, C, H, W) -> (B, N, D). ValueError if sizes do not fit."""
 
     def __init__(self, img_size, patch_size, in_channels, embed_dim):
         super().__init__()
         if patch_size < 1 or img_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide img_size {img_size}")
         self.image_shape = (in_channels, img_size, img_size)
-        # stride = kernel size: one Linear, applied to the pixels of every patch
+        # stride = kernel size, so patches do not overlap: one Linear on the pixels of each patch
         self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images):
         if images.shape[1:] != self.image_shape:
-            raise ValueError(f"expected a batch of {self.image_shape}, got {tuple(images.shape)}")
+            raise ValueError(f"expected {('B', *self.image_shape)}, got {tuple(images.shape)}")
         return self.proj(images).flatten(2).transpose(1, 2)  # (B, D, H/P, W/P) -> (B, N, D)
 
 
 class Attention(nn.Module):
-    """Let every token gather from all tokens: (B, 1 + N, D) -> (B, 1 + N, D).
+    """Multi-head self-attention (paper, appendix A): (B, 1 + N, D) -> (B, 1 + N, D).
 
-    A token's query says what it looks for, its key what it is found by, its value what it gives;
-    each head has its own (paper, appendix A). ValueError if n_heads does not divide embed_dim.
+    The match of a token's query (what it looks for) with each token's key (what it is found by)
+    weighs that token's value (what it gives), in each head anew. ValueError unless h divides D.
     """
 
     def __init__(self, embed_dim, n_heads, qkv_bias=True, dropout=0.0):
@@ -84,12 +84,12 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def split_heads(self, x):
-        """Queries, keys, values of all heads: (B, 1 + N, D) -> (3, B, h, 1 + N, D/h)."""
+        """(B, 1 + N, D) -> (B, 1 + N, 3, h, D/h) -> queries, keys, values (3, B, h, 1 + N, D/h)."""
         return self.qkv(x).unflatten(2, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x):
         q, k, v = self.split_heads(x)
-        # softmax(q k^T / sqrt(D/h)) v: without the root, large products would saturate the softmax
+        # softmax(q k^T / sqrt(D/h)) v: the root keeps products near 1 and the weights spread out
         x = F.scaled_dot_product_attention(q, k, v)  # (B, h, 1 + N, D/h)
         x = x.transpose(1, 2).flatten(2)  # the heads of a token side by side: (B, 1 + N, D)
         return self.dropout(self.proj(x))
@@ -119,7 +119,7 @@ class Block(nn.Module):
         self.mlp = MLP(embed_dim, int(embed_dim * mlp_ratio), dropout)
 
     def forward(self, x):
-        # Pre-norm: the sum itself is never normalised, so gradients pass straight through it.
+        # Pre-norm: each part reads x normalised and adds to x itself, where gradients pass freely.
         x = x + self.attn(self.norm1(x))  # paper, equation 2
         return x + self.mlp(self.norm2(x))  # equation 3
 
@@ -127,17 +127,17 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Classify images: (B, in_channels, img_size, img_size) -> logits (B, num_classes).
 
-    As in the paper, but with PyTorch's own initial weights and a head of one layer. The names are
-    timm's: published weights load. num_classes=0 leaves out the head. ValueError as in its parts.
+    The paper's, but for initial weights (PyTorch's own; N(0, 0.2) for [CLS] and places) and a head
+    of one layer. Parameters have timm's names: published weights load. num_classes=0: no head.
     """
 
     def __init__(self, img_size, patch_size, in_channels, num_classes, embed_dim, depth, n_heads,
                  mlp_ratio=4.0, qkv_bias=True, dropout=0.0):  # fmt: skip
         super().__init__()
         self.patch_embed = PatchEmbed(img_size, patch_size, in_channels, embed_dim)
-        # [CLS] is no patch: it starts the same for every image and gathers what the head needs.
+        # [CLS] is no patch: the same for every image, it gathers from the patches what head reads.
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
-        # Attention does not see the order of the tokens: a learned vector marks each place.
+        # Attention does not see the order of the tokens: a learned vector marks each one's place.
         n_tokens = 1 + (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.2 * torch.randn(1, n_tokens, embed_dim))
         self.dropout = nn.Dropout(dropout)
@@ -160,7 +160,7 @@ class VisionTransformer(nn.Module):
         return self.head(self.features(images)[:, 0])  # paper, equation 4
 
     def attention_maps(self, images):
-        """Weights of every block, rows sum to 1: (B, C, H, W) -> (B, depth, h, 1 + N, 1 + N)."""
+        """Softmax of each block, rows sum to 1: (B, C, H, W) -> (B, depth, h, 1 + N, 1 + N)."""
         x, maps = self.embed(images), []
         for block in self.blocks:
             q, k, _ = block.attn.split_heads(block.norm1(x))
@@ -176,18 +176,18 @@ def load_mnist(folder):
 
 
 def augment(images):
-    """Turn, scale and shift each image at random, a little: (B, C, H, W) -> (B, C, H, W)."""
+    """Turn (10 degrees), zoom (10 %), shift (7 %) by at most so much: new images in every epoch."""
     limits = torch.tensor([[0.175], [0.1], [0.14], [0.14]], device=images.device)
-    turn, zoom, right, down = limits * (2 * torch.rand(4, len(images), device=images.device) - 1)
-    cos, sin = (1 + zoom) * turn.cos(), (1 + zoom) * turn.sin()
+    turn, shrink, left, up = limits * (2 * torch.rand(4, len(images), device=images.device) - 1)
+    cos, sin = (1 + shrink) * turn.cos(), (1 + shrink) * turn.sin()
     aspect = images.shape[2] / images.shape[3]
-    affine = torch.stack([cos, -sin * aspect, right, sin / aspect, cos, down], dim=1)
+    affine = torch.stack([cos, -sin * aspect, left, sin / aspect, cos, up], dim=1)
     grid = F.affine_grid(affine.view(-1, 2, 3), images.shape, align_corners=False)
-    return F.grid_sample(images, grid.to(images.dtype), align_corners=False)
+    return F.grid_sample(images.float(), grid.float(), align_corners=False).to(images.dtype)
 
 
 def draw_digits(n):
-    """A stand-in for MNIST: n digits in Pillow's own font, each augmented."""
+    """For when MNIST cannot be had: n digits in Pillow's own font, each augmented, far easier."""
     row = Image.new("L", (280, 28))
     for i in range(10):
         ImageDraw.Draw(row).text((28 * i + 14, 14), str(i), 255, anchor="mm", font_size=24)
@@ -206,15 +206,15 @@ def evaluate(model, loader):
 
 
 def train(model, loader, test_loader=None, epochs=5, lr=1e-3, weight_decay=0.05, augment=None):
-    """Train the model in place, on its device, with a printed line for each epoch.
+    """Train the model in place, on its device, and print a line after each epoch.
 
-    loader gives batches of (images, labels) and has a length; augment(images) changes each batch.
-    Raises FloatingPointError if the mean loss of an epoch is not finite.
+    loader: batches of (images, labels), with a length. lr: at its peak; 1e-3 is safe, also for few
+    images or a large model. FloatingPointError if a loss is not finite. Use model.eval() after it.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
-    # The learning rate rises to lr over the first 30 % of the steps, then falls to almost 0.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * len(loader))
+    # Small first steps, lr after 30 % of them, almost 0 at the end; beta1 moves the other way.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(loader))
     for epoch in range(1, epochs + 1):
         model.train()  # dropout on
         start, total, n_images = time.perf_counter(), 0.0, 0
@@ -230,32 +230,30 @@ def train(model, loader, test_loader=None, epochs=5, lr=1e-3, weight_decay=0.05,
             n_images += len(labels)
             if sys.stdout.isatty():
                 print(f"epoch {epoch}/{epochs}  {step / len(loader):4.0%}", end="\r", flush=True)
-        speed = f"{n_images / (time.perf_counter() - start):,.0f} images/s"
-        accuracy = f", test accuracy {evaluate(model, test_loader):.2%}" if test_loader else ""
-        print(f"epoch {epoch}/{epochs}: loss {total / n_images:.4f}{accuracy}, {speed}", flush=True)
-        if not total.isfinite():
+        if not total.isfinite():  # here the GPU is waited for, so that the time below is right
             raise FloatingPointError(f"the loss of epoch {epoch} is not finite: try a lower lr")
+        speed = f"{n_images / (time.perf_counter() - start):,.0f} images/s"
+        score = "" if test_loader is None else f", test accuracy {evaluate(model, test_loader):.2%}"
+        print(f"epoch {epoch}/{epochs}: loss {total / n_images:.4f}{score}, {speed}", flush=True)
 
 
 @torch.no_grad()
 def draw_attention(model, images, labels):
-    """Eight digits (n, 1, H, W) that the model reads right and eight wrong -> a Pillow image.
+    """Of images (n, 1, H, W), eight that the model reads right and eight wrong, as a Pillow image.
 
     The more [CLS] attends to a patch (last block, mean of the heads), the more orange it is.
     """
-    predictions = torch.cat([model(batch).argmax(dim=1) for batch in images.split(500)])
-    right = predictions == labels
+    predicted = torch.cat([model(batch).argmax(dim=1) for batch in images.split(500)])
     orange = torch.tensor([0.9, 0.4, 0.0])[:, None, None]
     picture = Image.new("RGB", (8 * 120 + 8, 2 * 140), "white")
-    for row, (which, color) in enumerate([(right, "green"), (~right, "red")]):
-        for column, i in enumerate(which.nonzero()[:8, 0]):
+    for y, which, color in [(24, predicted == labels, "green"), (164, predicted != labels, "red")]:
+        for x, i in zip(range(8, 968, 120), which.nonzero()[:, 0]):  # eight at most
             heat = model.attention_maps(images[i : i + 1])[0, -1, :, 0, 1:].mean(dim=0)  # (N)
             side = round(len(heat) ** 0.5)
             heat = F.interpolate(heat.view(1, 1, side, side) / heat.max(), images.shape[2:])[0]
             tile = to_pil_image(images[i] + (1 - images[i]) * heat * orange)
-            x, y = 8 + 120 * column, 24 + 140 * row
             picture.paste(tile.resize((112, 112), Image.Resampling.NEAREST), (x, y))
-            words = f"{labels[i]}" if right[i] else f"{labels[i]} read as {predictions[i]}"
+            words = f"{labels[i]}" if color == "green" else f"{labels[i]} read as {predicted[i]}"
             ImageDraw.Draw(picture).text((x, y - 18), words, color, font_size=14)
     return picture
 
@@ -263,7 +261,6 @@ def draw_attention(model, images, labels):
 def main():
     options, parser = parse_options()
     torch.manual_seed(options.seed)
-    options.out_dir.mkdir(parents=True, exist_ok=True)
     names = ("patch_size", "embed_dim", "depth", "n_heads", "mlp_ratio", "dropout")
     architecture = {name: vars(options)[name] for name in names}
     architecture |= {"img_size": 28, "in_channels": 1, "num_classes": 10}
@@ -271,8 +268,9 @@ def main():
         model = VisionTransformer(**architecture).to(options.device)
     except ValueError as error:
         parser.error(str(error))
+    options.out_dir.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(20)  # seconds: torchvision would wait for a silent server forever
-    has_files = any(options.data_dir.glob("MNIST/raw/*"))
+    has_files = any(options.data_dir.glob("MNIST/raw/*ubyte*"))
     try:
         data, (train_set, test_set) = "MNIST", load_mnist(options.data_dir)
     except (RuntimeError, ValueError, AssertionError, TimeoutError, ConnectionError) as error:
@@ -288,13 +286,14 @@ def main():
         train(model, loader, test_loader, options.epochs, options.lr, options.weight_decay, augment)
     except KeyboardInterrupt:
         print("\nstopped early: keeping what was learned so far")
-    model.cpu().eval()
+    accuracy = evaluate(model, test_loader)
+    weights = model.cpu().state_dict()  # so that they load on any machine
     part = options.out_dir / "vit.pt.part"  # so that an older vit.pt is never half overwritten
-    torch.save({"architecture": architecture, "weights": model.state_dict(), "data": data}, part)
+    torch.save({"architecture": architecture, "weights": weights, "data": data}, part)
     part.replace(options.out_dir / "vit.pt")
-    draw_attention(model, *test_set.tensors).save(options.out_dir / "vit.png")
+    draw_attention(model, *test_set[:2000]).save(options.out_dir / "vit.png")
     print(f"written to {options.out_dir}: vit.pt, the model, and vit.png, where it looks")
-    print(f"{data} test accuracy: {evaluate(model, test_loader):.2%}")
+    print(f"{data} test accuracy: {accuracy:.2%}")
 
 
 if __name__ == "__main__":
