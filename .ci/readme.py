@@ -19,7 +19,7 @@ os.chdir(tempfile.mkdtemp())
 Path("vit.py").write_text((ROOT / "vit.py").read_text())
 write_mnist(Path("data/MNIST/raw"), sizes=(2_000, 60))
 
-for i in range(40):  # two classes: wide and high, in the modes that pictures come in
+for i in range(160):  # two classes: wide and high, in the modes that pictures come in
     box, mode = [(10, 40, 110, 60), (50, 10, 70, 90)][i % 2], ["RGB", "L", "CMYK"][i % 3]
     path = Path("photos", "wide" if i % 2 == 0 else "high", f"{i}.jpg")
     path.parent.mkdir(parents=True, exist_ok=True)
