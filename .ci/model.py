@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 
-from vit import VisionTransformer
+from vit import VisionTransformer, augment
 
 close = torch.testing.assert_close
 torch.manual_seed(0)
@@ -41,3 +41,9 @@ exported = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},
 for n in (1, 2, 5):
     close(exported(images[:n]), model(images[:n]))
 print("compiled as one graph; exported for batches of any size")
+
+for dtype in (torch.bfloat16, torch.float16, torch.float64):
+    for side in (28, 224):
+        moved = augment(torch.ones(2, 3, side, side, dtype=dtype))
+        assert moved.dtype == dtype and moved.min() >= 0 and moved.max() <= 1.01, (dtype, side)
+print("augment takes images of every precision and size")
