@@ -160,7 +160,7 @@ class VisionTransformer(nn.Module):
         return self.head(self.features(images)[:, 0])  # paper, equation 4
 
     def attention_maps(self, images):
-        """Softmax of each block, rows sum to 1: (B, C, H, W) -> (B, depth, h, 1 + N, 1 + N)."""
+        """Attention of each block, rows sum to 1: (B, C, H, W) -> (B, depth, h, 1 + N, 1 + N)."""
         x, maps = self.embed(images), []
         for block in self.blocks:
             q, k, _ = block.attn.split_heads(block.norm1(x))
@@ -176,7 +176,7 @@ def load_mnist(folder):
 
 
 def augment(images):
-    """Turn (10 degrees), zoom (10 %), shift (7 %) by at most so much: new images in every epoch."""
+    """Turn (up to 10 degrees), zoom (10 %), shift (7 %): (B, C, H, W), new images each epoch."""
     limits = torch.tensor([[0.175], [0.1], [0.14], [0.14]], device=images.device)
     turn, shrink, left, up = limits * (2 * torch.rand(4, len(images), device=images.device) - 1)
     cos, sin = (1 + shrink) * turn.cos(), (1 + shrink) * turn.sin()
@@ -239,7 +239,7 @@ def train(model, loader, test_loader=None, epochs=5, lr=1e-3, weight_decay=0.05,
 
 @torch.no_grad()
 def draw_attention(model, images, labels):
-    """Of images (n, 1, H, W), eight that the model reads right and eight wrong, as a Pillow image.
+    """Of images (n, 1, H, W) from 0 to 1, eight read right and eight read wrong -> a Pillow image.
 
     The more [CLS] attends to a patch (last block, mean of the heads), the more orange it is.
     """
