@@ -82,12 +82,12 @@ def test_train_overfits_one_batch_and_the_learning_rate_rises_and_falls():
     hook = register_optimizer_step_pre_hook(lambda o, *_: groups.append(dict(o.param_groups[0])))
     vit.train(model, [batch], epochs=60, lr=5e-3, weight_decay=0.3)
     hook.remove()
-    assert model.training and {group["weight_decay"] for group in groups} == {0.3}
+    assert {(group["weight_decay"], *group["betas"]) for group in groups} == {(0.3, 0.9, 0.999)}
     rates = [group["lr"] for group in groups]
     peak = rates.index(max(rates))
     assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True) and 10 < peak < 25
     assert rates[0] < 5e-4 and 4.9e-3 < rates[peak] <= 5e-3 and rates[-1] < 1e-4
-    assert vit.evaluate(model, [batch]) == 1.0
+    assert model.training and vit.evaluate(model, [batch]) == 1.0
 
 
 def test_train_prints_means_over_all_images_and_stops_if_the_loss_is_not_finite(capsys):

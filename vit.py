@@ -213,8 +213,8 @@ def train(model, loader, test_loader=None, epochs=5, lr=1e-3, weight_decay=0.05,
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
-    # Small first steps, lr after 30 % of them, almost 0 at the end; beta1 moves the other way.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(loader))
+    n_steps = epochs * len(loader)  # 30 % of them to climb to lr, the others to fall almost to 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, n_steps, cycle_momentum=False)
     for epoch in range(1, epochs + 1):
         model.train()  # dropout on
         start, total, n_images = time.perf_counter(), 0.0, 0
