@@ -68,11 +68,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (paper, appendix A): (B, 1 + N, D) -> (B, 1 + N, D).
-
-    The match of a token's query (what it looks for) with each token's key (what it is found by)
-    weighs that token's value (what it gives), in each head anew. ValueError unless h divides D.
-    """
+    """Multi-head self-attention: (B, 1 + N, D) -> (B, 1 + N, D). ValueError unless h divides D."""
 
     def __init__(self, embed_dim, n_heads, qkv_bias=True, dropout=0.0):
         super().__init__()
@@ -88,8 +84,10 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(2, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x):
+        # In each head, a token's query (what it looks for) is compared with every token's key (what
+        # that one offers): the better the match, the more it takes of that one's value.
         q, k, v = self.split_heads(x)
-        # softmax(q k^T / sqrt(D/h)) v: the root keeps products near 1 and the weights spread out
+        # paper, appendix A: softmax(q k^T / sqrt(D/h)) v; without the root, softmax saturates
         x = F.scaled_dot_product_attention(q, k, v)  # (B, h, 1 + N, D/h)
         x = x.transpose(1, 2).flatten(2)  # the heads of a token side by side: (B, 1 + N, D)
         return self.dropout(self.proj(x))
@@ -127,15 +125,15 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Classify images: (B, in_channels, img_size, img_size) -> logits (B, num_classes).
 
-    The paper's, but for initial weights (PyTorch's own; N(0, 0.2) for [CLS] and places) and a head
-    of one layer. Parameters have timm's names: published weights load. num_classes=0: no head.
+    The paper's model, but its head is one layer and its initial weights are PyTorch's own (std 0.2
+    for [CLS] and places). Weights of timm's ViT load: same names. num_classes=0: no head.
     """
 
     def __init__(self, img_size, patch_size, in_channels, num_classes, embed_dim, depth, n_heads,
                  mlp_ratio=4.0, qkv_bias=True, dropout=0.0):  # fmt: skip
         super().__init__()
         self.patch_embed = PatchEmbed(img_size, patch_size, in_channels, embed_dim)
-        # [CLS] is no patch: the same for every image, it gathers from the patches what head reads.
+        # [CLS] is no patch: it starts the same for every image and ends as what the head reads.
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
         # Attention does not see the order of the tokens: a learned vector marks each one's place.
         n_tokens = 1 + (img_size // patch_size) ** 2
@@ -176,7 +174,7 @@ def load_mnist(folder):
 
 
 def augment(images):
-    """Turn (up to 10 degrees), zoom (10 %), shift (7 %): (B, C, H, W), new images each epoch."""
+    """Turn (up to 10 degrees), zoom (10 %) and shift (7 %) each image: (B, C, H, W) -> the same."""
     limits = torch.tensor([[0.175], [0.1], [0.14], [0.14]], device=images.device)
     turn, shrink, left, up = limits * (2 * torch.rand(4, len(images), device=images.device) - 1)
     cos, sin = (1 + shrink) * turn.cos(), (1 + shrink) * turn.sin()
@@ -187,7 +185,7 @@ def augment(images):
 
 
 def draw_digits(n):
-    """For when MNIST cannot be had: n digits in Pillow's own font, each augmented, far easier."""
+    """Stand-in for MNIST: n digits in Pillow's own font, each augmented; far easier to read."""
     row = Image.new("L", (280, 28))
     for i in range(10):
         ImageDraw.Draw(row).text((28 * i + 14, 14), str(i), 255, anchor="mm", font_size=24)
@@ -239,15 +237,13 @@ def train(model, loader, test_loader=None, epochs=5, lr=1e-3, weight_decay=0.05,
 
 @torch.no_grad()
 def draw_attention(model, images, labels):
-    """Of images (n, 1, H, W) from 0 to 1, eight read right and eight read wrong -> a Pillow image.
-
-    The more [CLS] attends to a patch (last block, mean of the heads), the more orange it is.
-    """
+    """Images (n, 1, H, W), from 0 to 1 -> a Pillow image of eight read right, eight read wrong."""
     predicted = torch.cat([model(batch).argmax(dim=1) for batch in images.split(500)])
     orange = torch.tensor([0.9, 0.4, 0.0])[:, None, None]
     picture = Image.new("RGB", (8 * 120 + 8, 2 * 140), "white")
     for y, which, color in [(24, predicted == labels, "green"), (164, predicted != labels, "red")]:
         for x, i in zip(range(8, 968, 120), which.nonzero()[:, 0]):  # eight at most
+            # the more [CLS] attends to a patch (last block, mean over heads), the more orange
             heat = model.attention_maps(images[i : i + 1])[0, -1, :, 0, 1:].mean(dim=0)  # (N)
             side = round(len(heat) ** 0.5)
             heat = F.interpolate(heat.view(1, 1, side, side) / heat.max(), images.shape[2:])[0]
@@ -275,7 +271,7 @@ def main():
         data, (train_set, test_set) = "MNIST", load_mnist(options.data_dir)
     except (RuntimeError, ValueError, AssertionError, TimeoutError, ConnectionError) as error:
         if has_files:
-            raise OSError(f"{options.data_dir} is damaged or incomplete: move it away") from error
+            raise OSError(f"damaged or incomplete, move away: {options.data_dir}/MNIST") from error
         print(error, "No MNIST: training on drawn digits instead.", sep="\n", file=sys.stderr)
         data, (train_set, test_set) = "drawn digits", (draw_digits(10_000), draw_digits(2_000))
     loader = DataLoader(train_set, options.batch_size, shuffle=True)
@@ -288,9 +284,9 @@ def main():
         print("\nstopped early: keeping what was learned so far")
     accuracy = evaluate(model, test_loader)
     weights = model.cpu().state_dict()  # so that they load on any machine
-    part = options.out_dir / "vit.pt.part"  # so that an older vit.pt is never half overwritten
-    torch.save({"architecture": architecture, "weights": weights, "data": data}, part)
-    part.replace(options.out_dir / "vit.pt")
+    unfinished = options.out_dir / "vit.pt.part"  # an older vit.pt is never half overwritten
+    torch.save({"architecture": architecture, "weights": weights, "data": data}, unfinished)
+    unfinished.replace(options.out_dir / "vit.pt")
     draw_attention(model, *test_set[:2000]).save(options.out_dir / "vit.png")
     print(f"written to {options.out_dir}: vit.pt, the model, and vit.png, where it looks")
     print(f"{data} test accuracy: {accuracy:.2%}")

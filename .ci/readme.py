@@ -46,7 +46,7 @@ subprocess.run([sys.executable, "vit.py", "--epochs", "6", "--batch-size", "20"]
 out = run([sys.executable], photos, "own.py")
 assert out.count("\nepoch ") == 19 and out.splitlines()[-1].startswith("high "), out
 print("own images:", out.splitlines()[-1])
-out = run([sys.executable], digit + "\nassert looks.shape == (4, 4)\n", "digit.py")
+out = run([sys.executable], digit + "\nassert tint.shape == (4, 4)\n", "digit.py")
 assert out.startswith("a 7, "), out
 print("photographed digit:", out.strip())
 run([sys.executable], published + "\nassert logits.shape == (1, 1000)\n", "published.py")
