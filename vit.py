@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A Vision Transformer from scratch in PyTorch, trained on MNIST: to run, to read, to copy.
 
-    python vit.py           # 8 epochs: 99.16 % of the test digits right (mean of seeds 0 to 4)
+    python vit.py           # 8 epochs: 99.13 % of the test digits right (mean of seeds 0 to 4)
     python vit.py --help    # the hyperparameters
 
 The model of "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2020, arXiv:2010.11929): an image
