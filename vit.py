@@ -8,7 +8,7 @@ The model of "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2020, arXiv:20
 is cut into patches; each becomes a token, a vector, marked with its place. Blocks of attention and
 MLP pass information between the tokens. One extra token, [CLS], gathers what tells the class:
 
-    image (1, 28, 28) -> patches (16, 64) -> with [CLS] (17, 64) -> 4 blocks -> [CLS] (64) -> (10)
+    image (1, 28, 28) -> tokens (16, 64) -> with [CLS] (17, 64) -> 4 blocks -> [CLS] (64) -> (10)
 
 In shapes: B images, C channels, H x W pixels, N patches of P x P, 1 + N tokens, D wide, h heads.
 """
@@ -84,8 +84,8 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(2, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x):
-        # In each head, a token's query (what it looks for) is compared with every token's key (what
-        # that one offers): the better the match, the more it takes of that one's value.
+        # In each head, a token compares its query (what it looks for) with the keys of all tokens
+        # (what they offer) and adds up their values: the better the match, the larger the share.
         q, k, v = self.split_heads(x)
         # paper, appendix A: softmax(q k^T / sqrt(D/h)) v; without the root, softmax saturates
         x = F.scaled_dot_product_attention(q, k, v)  # (B, h, 1 + N, D/h)
@@ -125,8 +125,8 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Classify images: (B, in_channels, img_size, img_size) -> logits (B, num_classes).
 
-    The paper's model, but its head is one layer and its initial weights are PyTorch's own (std 0.2
-    for [CLS] and places). Weights of timm's ViT load: same names. num_classes=0: no head.
+    The paper's model, but its head is one layer, and its weights start as PyTorch's layers do
+    (cls_token, pos_embed: std 0.2). Weights of timm's plain ViTs load. num_classes=0: no head.
     """
 
     def __init__(self, img_size, patch_size, in_channels, num_classes, embed_dim, depth, n_heads,
@@ -135,7 +135,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(img_size, patch_size, in_channels, embed_dim)
         # [CLS] is no patch: it starts the same for every image and ends as what the head reads.
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
-        # Attention does not see the order of the tokens: a learned vector marks each one's place.
+        # Attention does not see the tokens' order: each place has a vector, learned, that marks it.
         n_tokens = 1 + (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.2 * torch.randn(1, n_tokens, embed_dim))
         self.dropout = nn.Dropout(dropout)
@@ -174,7 +174,7 @@ def load_mnist(folder):
 
 
 def augment(images):
-    """Turn (up to 10 degrees), zoom (10 %) and shift (7 %) each image: (B, C, H, W) -> the same."""
+    """Turn (up to 10 degrees), zoom (10 %), shift (7 %); outside is 0: (B, C, H, W) -> the same."""
     limits = torch.tensor([[0.175], [0.1], [0.14], [0.14]], device=images.device)
     turn, shrink, left, up = limits * (2 * torch.rand(4, len(images), device=images.device) - 1)
     cos, sin = (1 + shrink) * turn.cos(), (1 + shrink) * turn.sin()
