@@ -43,7 +43,7 @@ def run(command, block, name):
     return done.stdout
 
 
-subprocess.run([sys.executable, "vit.py", "--epochs", "6", "--batch-size", "20"], check=True)
+subprocess.run([sys.executable, "vit.py", "--epochs", "8", "--batch-size", "20"], check=True)
 out = run([sys.executable], photos, "own.py")
 assert out.count("\nepoch ") == 19 and out.splitlines()[-1].startswith("high "), out
 print("own images:", out.splitlines()[-1])
