@@ -47,7 +47,13 @@ for dtype in (torch.bfloat16, torch.float16, torch.float64):
     for side in (28, 224):
         moved = augment(torch.ones(2, 3, side, side, dtype=dtype))
         assert moved.dtype == dtype and moved.min() >= 0 and moved.max() <= 1.01, (dtype, side)
-print("augment takes images of every precision and size")
+checks = (torch.arange(224)[:, None] // 4 + torch.arange(224) // 4).fmod(2).expand(8, 1, -1, -1)
+torch.manual_seed(0)
+moved = augment(checks.float())
+torch.manual_seed(0)
+with torch.autocast("cpu", torch.bfloat16):
+    close(augment(checks.float()), moved)
+print("augment takes images of every precision and size, and is exact under autocast")
 
 loader = DataLoader(draw_digits(64), batch_size=64)
 model = VisionTransformer(28, 7, 1, 10, 64, 4, 4, mlp_ratio=2.0)
