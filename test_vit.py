@@ -27,6 +27,7 @@ def make(**options):
 def test_parameters_number_have_timms_names_and_all_learn():
     model = vit.VisionTransformer(28, 7, 1, 10, 64, 4, 4, mlp_ratio=2.0)
     assert sum(p.numel() for p in model.parameters()) == 139_018
+    assert all(0.1 < p.std() < 0.3 for p in (model.cls_token, model.pos_embed))
     F.cross_entropy(model(torch.rand(5, 1, 28, 28)), torch.arange(5)).backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
     model, images = make(qkv_bias=False, num_classes=0)
@@ -107,8 +108,7 @@ def test_train_prints_means_over_all_images_and_stops_if_the_loss_is_not_finite(
 
 
 def test_mnist_is_read_from_its_files(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
+    (raw := tmp_path / "MNIST" / "raw").mkdir(parents=True)
     for name, n in (("train", 3), ("t10k", 2)):  # the format: type and axes, sizes, then bytes
         sizes = b"".join(size.to_bytes(4, "big") for size in (n, 28, 28))
         (raw / f"{name}-images-idx3-ubyte").write_bytes(b"\0\0\x08\3" + sizes + b"3" * 784 * n)
