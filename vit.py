@@ -207,9 +207,9 @@ def evaluate(model, loader):
 def train(model, loader, test_loader=None, epochs=5, lr=1e-3, weight_decay=0.05, augment=None):
     """Train the model in place, on its device, and print a line after each epoch.
 
-    loader: batches of (images, labels), with a length. lr: at its peak; 1e-3 suits most
-    models, 1e-4 published weights; only small models bear main's 5e-3. FloatingPointError if a loss
-    is not finite. Use model.eval() after it.
+    loader: batches of (images, labels), with a length. lr: at its peak; 1e-3 suits most models,
+    1e-4 published weights; only small models bear main's 5e-3. augment: from images to images.
+    FloatingPointError if a loss is not finite. Use model.eval() after it.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
