@@ -113,7 +113,7 @@ BAD_OPTIONS = [
     ("--batch-size 0", "batch_size=0"),
     ("--lr -1", "learning rate"),
     ("--lr nan", "learning rate"),
-    ("--lr 1e30", "the loss of epoch 1 is not finite"),
+    ("--lr 1e30", "loss of epoch 1 is not finite"),
     ("--weight-decay -1", "weight_decay value: -1"),
     ("--device toaster", "toaster"),
     ("--out-dir out/mnist.pt", "out/mnist.pt"),  # a file
@@ -218,12 +218,18 @@ def test_silent_server_does_not_hang_the_run(run):
 
 # --- Ctrl-C ---------------------------------------------------------------------------
 
-# Ctrl-C at the end of the first epoch. Where a shell has turned it off, as it does for
-# programs in the background, the first line turns it on again.
+# Ctrl-C, once, at the end of the first epoch. The second line is for programs in the
+# background, where the shell has turned it off.
 PRESS_CTRL_C = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-vit.evaluate = lambda model, loader: signal.raise_signal(signal.SIGINT)
+evaluate = vit.evaluate
+
+def press(model, loader):
+    vit.evaluate = evaluate
+    signal.raise_signal(signal.SIGINT)
+
+vit.evaluate = press
 """
 
 
