@@ -105,8 +105,7 @@ class Attention(nn.Module):
     def forward(self, x):
         # From each token, a linear layer computes a query (what the token looks for), a
         # key (what it offers) and a value (what it passes on). All three are split
-        # among the heads, which work independently: a token can look for several
-        # things.
+        # among the heads, so that a token can look for several things at once.
         qkv = self.qkv(x).unflatten(2, (3, self.n_heads, -1))  # (B, T, 3, h, D/h)
         qkv = qkv.transpose(1, 3)  # (B, h, 3, T, D/h)
         q, k, v = qkv.unbind(2)  # each (B, h, T, D/h)
@@ -212,9 +211,8 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
 
         # Attention ignores order: shuffled patches would look the same to it. So a
-        # learned vector for its position is added to each token. It starts at about the
-        # size of an embedded patch of MNIST, standard deviation 0.2, so that both are
-        # heard.
+        # learned vector for its position is added to each token. It starts at the size
+        # of an embedded patch of MNIST: its numbers have a standard deviation of 0.2.
         n_tokens = 1 + (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.2 * torch.randn(1, n_tokens, embed_dim))
         self.dropout = nn.Dropout(dropout)
@@ -231,8 +229,7 @@ class VisionTransformer(nn.Module):
         ]
         self.blocks = nn.Sequential(*blocks)
 
-        # Blocks add to the tokens, whose numbers grow: normalize once more for the
-        # head.
+        # Blocks add to the tokens, whose numbers grow: normalize again before the head.
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Identity()
         if num_classes > 0:
