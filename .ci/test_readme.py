@@ -153,6 +153,7 @@ def test_two_processes(tmp_path):
     output = run(tmp_path, recipe("Several GPUs or processes"), *launcher)
     assert output.count("epoch ") == output.count("test accuracy") == 8
 
-    sizes = re.search(r"VisionTransformer\((img_size=28.*?)\)", README)[1]
-    model = eval(f"vit.VisionTransformer({sizes})")
-    model.load_state_dict(torch.load(tmp_path / "many.pt"))
+    saved = torch.load(tmp_path / "many.pt")
+    model = vit.VisionTransformer(**saved["sizes"])
+    model.load_state_dict(saved["weights"])
+    assert sum(p.numel() for p in model.parameters()) == 139_018
