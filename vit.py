@@ -84,9 +84,6 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention between tokens: (B, T, D) -> (B, T, D).
 
-    For long sequences on a GPU, x = F.scaled_dot_product_attention(q, k, v) can replace
-    the two middle sections of forward, if attention_maps is not needed.
-
     Raises ValueError if n_heads does not divide embed_dim.
     """
 
@@ -98,7 +95,7 @@ class Attention(nn.Module):
             )
         self.n_heads = n_heads
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
-        self.softmax = nn.Softmax(dim=3)  # a module, for the hook in attention_maps
+        self.softmax = nn.Softmax(dim=3)  # a module, so that attention_maps can hook it
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.dropout = nn.Dropout(dropout)
 
@@ -107,20 +104,23 @@ class Attention(nn.Module):
         # key (what it offers) and a value (what it passes on). All three are split
         # among the heads, so that a token can look for several things at once.
         qkv = self.qkv(x).unflatten(2, (3, self.n_heads, -1))  # (B, T, 3, h, D/h)
-        qkv = qkv.transpose(1, 3)  # (B, h, 3, T, D/h)
+        qkv = qkv.transpose(1, 3)  # T and h change places: (B, h, 3, T, D/h)
         q, k, v = qkv.unbind(2)  # each (B, h, T, D/h)
 
-        # A score is the dot product of a query and a key: high if they match. It is a
-        # sum of D/h products of either sign, which partly cancel: its typical size
-        # grows with sqrt(D/h). That is divided out: for large scores, softmax would
-        # pick a single token and leave almost no gradient to learn from.
-        q = q / math.sqrt(q.shape[3])  # scales all scores of q
+        # A score is the dot product of a query and a key: high if they match. If their
+        # numbers are independent, with mean 0 and variance 1, this sum of D/h products
+        # has variance D/h. Dividing by the square root of D/h keeps it at 1: for large
+        # scores, softmax would pick a single token and leave almost no gradient.
+        q = q / math.sqrt(q.shape[3])  # quicker than to divide the scores
         scores = q @ k.transpose(2, 3)  # (B, h, T, T): queries in rows, keys in columns
 
         # Softmax turns each row of scores into weights that sum to 1. With them, each
         # token receives a weighted average of all values.
         weights = self.softmax(scores)
         x = weights @ v  # (B, h, T, D/h)
+
+        # For long sequences on a GPU, x = F.scaled_dot_product_attention(q, k, v) can
+        # replace the two paragraphs above, if attention_maps is not needed.
 
         # Put the results of the heads side by side, each in its own part of the token.
         # Then a linear layer combines what the heads have found.
@@ -155,7 +155,7 @@ class Block(nn.Module):
         super().__init__()
         # LayerNorm brings the numbers of each token to mean 0 and variance 1, then
         # scales and shifts them by learned amounts: the next layer gets an input of
-        # stable size. eps, which avoids division by 0, is that of timm.
+        # stable size. eps, which avoids division by 0, is that of the authors' code.
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(
             embed_dim=embed_dim, n_heads=n_heads, qkv_bias=qkv_bias, dropout=dropout
@@ -207,12 +207,12 @@ class VisionTransformer(nn.Module):
         )
 
         # The class token starts as the same vector for every image. Block by block, it
-        # gathers from the patches what the head needs to know about the image.
+        # gathers from the patches what the head needs to know about the image. Its
+        # standard deviation at the start, 0.2, is that of an embedded patch of MNIST.
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
 
         # Attention ignores order: shuffled patches would look the same to it. So a
-        # learned vector for its position is added to each token. It starts at the size
-        # of an embedded patch of MNIST: its numbers have a standard deviation of 0.2.
+        # learned vector for its position is added to each token.
         n_tokens = 1 + (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.2 * torch.randn(1, n_tokens, embed_dim))
         self.dropout = nn.Dropout(dropout)
@@ -263,8 +263,8 @@ class VisionTransformer(nn.Module):
         def keep(module, inputs, weights):
             maps.append(weights)
 
-        # While a block runs, PyTorch calls keep with what its softmax returns. After
-        # each block, the hook is removed.
+        # While a block runs, PyTorch calls keep with what its softmax returns. At the
+        # end of each "with", it removes this hook.
         x = self.embed(images)
         for block in self.blocks:
             with block.attn.softmax.register_forward_hook(keep):
@@ -347,7 +347,7 @@ def load_digits(folder):
     try:
         return "MNIST", *load_mnist(folder)
     except Exception as error:
-        if any(raw.glob("*ubyte*")):
+        if any(raw.glob("*ubyte*")):  # in the names of all files of MNIST
             raise RuntimeError(
                 f"cannot load MNIST from {raw}: if it is incomplete or damaged, delete "
                 "that folder and run again with internet access"
@@ -506,7 +506,7 @@ def draw_results(model, images, labels, losses):
                 left = x + size * (j % n_rows)
                 upper = y + size * (j // n_rows)
                 box = (left, upper, left + size, upper + size)
-                opacity = min(int(500 * weight), 200)  # 255 would hide the digit
+                opacity = min(int(500 * weight), 200)  # of 255; 200 at 40%
                 canvas.rectangle(box, (255, 128, 0, opacity), "white", width=2)
 
     # The legend of the tint.

@@ -3,6 +3,7 @@
 import gc
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,6 +173,18 @@ def test_progress_is_shown_on_a_terminal(capsys, monkeypatch):
     assert lines[2].startswith("epoch 1/1: loss ")
 
 
+def test_speed_is_in_images_per_second(capsys, monkeypatch):
+    # Catches batches in the place of images, and the time since the first epoch.
+    seconds = iter([0, 2, 10, 13])
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds))
+    monkeypatch.setattr(vit, "time", clock)
+    model = make_model()
+    batches = make_batches()
+    vit.train(model, batches, epochs=2)
+    printed = re.findall(r", (\d+) images/s", capsys.readouterr().out)
+    assert printed == ["9", "6"]  # 18 images an epoch
+
+
 def test_no_progress_in_a_file(capsys):
     # Catches a log file full of half lines.
     model = make_model()
@@ -204,6 +217,24 @@ def test_augmentation_is_for_training_only():
     in_training = (True, 1)
     in_testing = (False, 0)
     assert seen == [in_training, in_testing, in_training, in_testing]
+
+
+class NotMoved:
+    """A tensor on another device than the model: it has to be moved first."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def to(self, device):
+        return self.tensor.to(device)
+
+
+def test_batches_are_moved_to_the_device():
+    # Catches images or labels that stay on the CPU while the model is on a GPU.
+    images, labels = make_batches()[0]
+    batches = [(NotMoved(images), NotMoved(labels))]
+    losses = vit.train(make_model(), batches, test_loader=batches, epochs=1)
+    assert len(losses) == 1
 
 
 def count_operations():
