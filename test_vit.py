@@ -51,8 +51,8 @@ def test_parameter_counts():
 
 
 def test_initial_tokens():
-    # Catches random numbers whose standard deviation is not 0.2, which learn more
-    # slowly. A large embed_dim makes the measurement precise.
+    # Catches a standard deviation that is not 0.2: the model would learn more slowly.
+    # A large embed_dim makes the measurement precise.
     model = make_model(embed_dim=1000)
     for parameter in (model.cls_token, model.pos_embed):
         assert 0.15 < parameter.std() < 0.25
@@ -77,7 +77,8 @@ def test_logits_match_torchvision():
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
 
-    # Copy the weights in order. The position embedding, second here, is fourth there.
+    # Copy the weights. Both models list them in the same order, but for the position
+    # embedding: second here, fourth there.
     weights = list(model.state_dict().values())
     pos_embed = weights.pop(1)
     weights.insert(3, pos_embed)
@@ -102,9 +103,9 @@ def test_errors_name_what_is_wrong():
 
 
 def test_dropout_is_on_in_every_epoch():
-    # Catches model.train() before the loop: evaluate would turn dropout off for good.
-    # With dropout=1 all tokens are 0, so in the last step of the second epoch, only the
-    # bias of the last norm and the head have a gradient.
+    # Catches a model.train() that is called only once, before the loop over the epochs:
+    # evaluate would turn dropout off for good. If it is on, dropout=1 sets all tokens
+    # to 0, so that only the bias of the last norm and the head get a gradient.
     model = make_model(dropout=1.0)
     vit.train(model, [BATCH], test_loader=[BATCH], epochs=2)
     learning = [name for name, p in model.named_parameters() if p.grad.any()]
@@ -112,8 +113,8 @@ def test_dropout_is_on_in_every_epoch():
 
 
 def test_train_overfits_one_batch(capsys):
-    # Catches training that does not learn (no gradient, no update, no warm-up) or that
-    # leaves dropout on, a parameter that is never used, and wrong figures.
+    # Catches training that does not learn, a parameter that gets no gradient, a wrong
+    # mode at the end, and a wrong loss or accuracy.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = make_model().to(device)
     losses = vit.train(model, [BATCH, BATCH], epochs=40, lr=3e-3)
@@ -125,7 +126,7 @@ def test_train_overfits_one_batch(capsys):
     # The loss printed last is the mean of the last two steps, which are epoch 40.
     assert f"loss {sum(losses[78:]) / 2:.4f}" in capsys.readouterr().out
 
-    # Of these 40 images, 8 have a wrong label. evaluate sets eval mode by itself.
+    # 32 right labels and 8 wrong ones. evaluate sets eval mode by itself.
     wrong = IMAGES[:8], LABELS[:8] + 1
     model.train()
     assert vit.evaluate(model, [BATCH, wrong]) == pytest.approx(32 / 40)
@@ -145,8 +146,8 @@ def test_main_runs_without_internet(monkeypatch, tmp_path, capsys):
         results.append(re.findall(r"loss \S+|\S+%", capsys.readouterr().out))
     assert results[0] == results[1]
 
-    # With the same seed, the weights and then the digits are drawn as main draws them:
-    # these are the digits of the two accuracies that it printed.
+    # The accuracy printed, twice, is that of the checkpoint on main's test set. With
+    # main's seed and main's order (first a model, then the digits), it is made again.
     checkpoint = torch.load("out/synthetic.pt")
     torch.manual_seed(0)
     model = vit.VisionTransformer(**checkpoint["sizes"])

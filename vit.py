@@ -95,22 +95,23 @@ class Attention(nn.Module):
             )
         self.n_heads = n_heads
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
-        self.softmax = nn.Softmax(dim=3)  # a module, so that attention_maps can hook it
+        self.softmax = nn.Softmax(dim=3)  # over the keys; attention_maps hooks it
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
         # From each token, a linear layer computes a query (what the token looks for), a
         # key (what it offers) and a value (what it passes on). All three are split
-        # among the heads, so that a token can look for several things at once.
+        # among the heads. Each head is an attention of its own, on D/h numbers per
+        # token, so that a token can look for several things at once.
         qkv = self.qkv(x).unflatten(2, (3, self.n_heads, -1))  # (B, T, 3, h, D/h)
-        qkv = qkv.transpose(1, 3)  # T and h change places: (B, h, 3, T, D/h)
+        qkv = qkv.transpose(1, 3)  # matrices (T, D/h) for each head: (B, h, 3, T, D/h)
         q, k, v = qkv.unbind(2)  # each (B, h, T, D/h)
 
-        # A score is the dot product of a query and a key: high if they match. If their
-        # numbers are independent, with mean 0 and variance 1, this sum of D/h products
-        # has variance D/h. Dividing by the square root of D/h keeps it at 1: for large
-        # scores, softmax would pick a single token and leave almost no gradient.
+        # A score is the dot product of a query and a key: high if they match. Large
+        # scores would make softmax pick a single token and leave almost no gradient.
+        # For random numbers of variance 1, this sum of D/h products has variance D/h,
+        # so the square root of D/h is divided out.
         q = q / math.sqrt(q.shape[3])  # quicker than to divide the scores
         scores = q @ k.transpose(2, 3)  # (B, h, T, T): queries in rows, keys in columns
 
@@ -207,12 +208,13 @@ class VisionTransformer(nn.Module):
         )
 
         # The class token starts as the same vector for every image. Block by block, it
-        # gathers from the patches what the head needs to know about the image. Its
-        # standard deviation at the start, 0.2, is that of an embedded patch of MNIST.
+        # gathers from the patches what the head needs to know about the image. It
+        # starts with a standard deviation of 0.2, like an embedded patch of MNIST, so
+        # that neither drowns the other.
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
 
         # Attention ignores order: shuffled patches would look the same to it. So a
-        # learned vector for its position is added to each token.
+        # learned vector for its position, also of 0.2, is added to each token.
         n_tokens = 1 + (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.2 * torch.randn(1, n_tokens, embed_dim))
         self.dropout = nn.Dropout(dropout)
@@ -347,7 +349,7 @@ def load_digits(folder):
     try:
         return "MNIST", *load_mnist(folder)
     except Exception as error:
-        if any(raw.glob("*ubyte*")):  # in the names of all files of MNIST
+        if any(raw.glob("*ubyte*")):  # all files of MNIST have ubyte in their name
             raise RuntimeError(
                 f"cannot load MNIST from {raw}: if it is incomplete or damaged, delete "
                 "that folder and run again with internet access"
@@ -499,14 +501,14 @@ def draw_results(model, images, labels, losses):
             maps = model.attention_maps(images[i : i + 1])  # (1, depth, h, T, T)
             attention = maps[0, -1, :, 0, 1:].mean(dim=0)  # (T - 1)
 
-            # Outline each patch and tint it by its attention, capped at 40%.
+            # Outline each patch and tint it: the most, if its attention is 40% or more.
             n_rows = math.isqrt(len(attention))
             size = 96 / n_rows
             for j, weight in enumerate(attention):
                 left = x + size * (j % n_rows)
                 upper = y + size * (j // n_rows)
                 box = (left, upper, left + size, upper + size)
-                opacity = min(int(500 * weight), 200)  # of 255; 200 at 40%
+                opacity = min(int(500 * weight), 200)  # 255 would hide the digit
                 canvas.rectangle(box, (255, 128, 0, opacity), "white", width=2)
 
     # The legend of the tint.
