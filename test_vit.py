@@ -138,7 +138,7 @@ def test_main_runs_without_internet(monkeypatch, tmp_path, capsys):
     # model, and whatever stops the program where MNIST cannot be downloaded.
     command = "vit.py --embed-dim 16 --depth 1 --epochs 1 --device cpu"
     monkeypatch.setattr("sys.argv", command.split())
-    monkeypatch.setattr(vit.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody there
+    monkeypatch.setattr(vit.MNIST, "mirrors", ["file:///nowhere/"])
     monkeypatch.chdir(tmp_path)
     results = []
     for _ in range(2):
