@@ -105,7 +105,7 @@ def test_errors_name_what_is_wrong():
 def test_dropout_is_on_in_every_epoch():
     # Catches a model.train() that is called only once, before the loop over the epochs:
     # evaluate would turn dropout off for good. If it is on, dropout=1 sets all tokens
-    # to 0, so that only the bias of the last norm and the head get a gradient.
+    # to 0. In the last step, only the last norm's bias and the head have a gradient.
     model = make_model(dropout=1.0)
     vit.train(model, [BATCH], test_loader=[BATCH], epochs=2)
     learning = [name for name, p in model.named_parameters() if p.grad.any()]
@@ -126,7 +126,8 @@ def test_train_overfits_one_batch(capsys):
     # The loss printed last is the mean of the last two steps, which are epoch 40.
     assert f"loss {sum(losses[78:]) / 2:.4f}" in capsys.readouterr().out
 
-    # 32 right labels and 8 wrong ones. evaluate sets eval mode by itself.
+    # The model now gets all 32 right. 8 more have a wrong label: 32 of 40 are right.
+    # evaluate sets eval mode by itself.
     wrong = IMAGES[:8], LABELS[:8] + 1
     model.train()
     assert vit.evaluate(model, [BATCH, wrong]) == pytest.approx(32 / 40)
@@ -140,14 +141,16 @@ def test_main_runs_without_internet(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", command.split())
     monkeypatch.setattr(vit.MNIST, "mirrors", ["file:///nowhere/"])
     monkeypatch.chdir(tmp_path)
+
+    # Each run prints a loss and an accuracy for its epoch, and an accuracy at the end.
     results = []
     for _ in range(2):
         vit.main()
         results.append(re.findall(r"loss \S+|\S+%", capsys.readouterr().out))
     assert results[0] == results[1]
 
-    # The accuracy printed, twice, is that of the checkpoint on main's test set. With
-    # main's seed and main's order (first a model, then the digits), it is made again.
+    # Both accuracies are those of the checkpoint on main's test set. To get the same
+    # random digits, use main's seed and draw random weights first, as main does.
     checkpoint = torch.load("out/synthetic.pt")
     torch.manual_seed(0)
     model = vit.VisionTransformer(**checkpoint["sizes"])

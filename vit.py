@@ -23,7 +23,7 @@ Differences from the paper:
 - Data: 60,000 augmented digits, not millions of photos. Training takes minutes.
 - Optimizer: AdamW with a one-cycle learning rate, where the paper uses Adam and SGD.
 - Initial weights: PyTorch's own for all layers; others gained nothing on MNIST.
-- Classification head: one linear layer, which the paper uses for fine-tuning only.
+- Classification head: one linear layer. The paper has a second one in pretraining.
 
 Letters in shapes: B images in a batch, C channels, H height and W width in pixels,
 P patch size, T tokens (patches and [CLS]), D embedding dimension, h attention heads.
@@ -95,24 +95,24 @@ class Attention(nn.Module):
             )
         self.n_heads = n_heads
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
-        self.softmax = nn.Softmax(dim=3)  # over the keys; attention_maps hooks it
+        self.softmax = nn.Softmax(dim=3)  # a module: a hook can read its results
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        # From each token, a linear layer computes a query (what the token looks for), a
-        # key (what it offers) and a value (what it passes on). All three are split
-        # among the heads. Each head is an attention of its own, on D/h numbers per
-        # token, so that a token can look for several things at once.
+        # Each token compares its query (what it looks for) with the keys of all tokens
+        # (what they offer) and averages their values (what they pass on) by how well
+        # they match. A linear layer computes all three from each token. Each head does
+        # this with D/h numbers of its own: a token can look for several things at once.
         qkv = self.qkv(x).unflatten(2, (3, self.n_heads, -1))  # (B, T, 3, h, D/h)
-        qkv = qkv.transpose(1, 3)  # matrices (T, D/h) for each head: (B, h, 3, T, D/h)
+        qkv = qkv.transpose(1, 3)  # swap T and h: (B, h, 3, T, D/h)
         q, k, v = qkv.unbind(2)  # each (B, h, T, D/h)
 
         # A score is the dot product of a query and a key: high if they match. Large
         # scores would make softmax pick a single token and leave almost no gradient.
         # For independent numbers of mean 0 and variance 1, this sum of D/h products has
         # variance D/h, so the square root of D/h is divided out.
-        q = q / math.sqrt(q.shape[3])  # first: the product could overflow float16
+        q = q / math.sqrt(q.shape[3])  # before the product, or float16 may overflow
         scores = q @ k.transpose(2, 3)  # (B, h, T, T): queries in rows, keys in columns
 
         # Softmax turns each row of scores into weights that sum to 1. With them, each
@@ -209,12 +209,12 @@ class VisionTransformer(nn.Module):
 
         # The class token starts as the same vector for every image. Block by block, it
         # gathers from the patches what the head needs to know about the image. It
-        # starts with a standard deviation of 0.2, like an embedded patch of MNIST, so
-        # that neither drowns the other.
+        # starts with a standard deviation of 0.2, as measured on embedded patches of
+        # MNIST, so that neither drowns the other.
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
 
         # Attention ignores order: shuffled patches would look the same to it. So a
-        # learned vector for its position, also of 0.2, is added to each token.
+        # learned vector for its position, with the same start, is added to each token.
         n_tokens = 1 + (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.2 * torch.randn(1, n_tokens, embed_dim))
         self.dropout = nn.Dropout(dropout)
@@ -451,7 +451,7 @@ def train(
             if sys.stdout.isatty():
                 print(f"epoch {epoch + 1}: step {step + 1}/{len(loader)}", end="\r")
 
-        # Report the epoch, now that the GPU may be waited for.
+        # Report the epoch. Here, .item() waits for the GPU only once.
         mean_loss = losses[epoch].mean().item()
         speed = n_images / (time.perf_counter() - start)
         if not math.isfinite(mean_loss):
