@@ -1,5 +1,7 @@
 """The model against timm's, and in the ways in which others use it."""
 
+import inspect
+
 import pytest
 import timm
 import torch
@@ -96,6 +98,20 @@ def test_parameter_names_are_those_of_timm(qkv_bias):
 
 
 # --- How it is built ------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_timm():
+    # Catches another default size: timm's are those of ViT-B/16.
+    ours = inspect.signature(vit.VisionTransformer).parameters
+    theirs = inspect.signature(timm.models.VisionTransformer).parameters
+    renamed = {
+        "in_channels": "in_chans",
+        "n_heads": "num_heads",
+        "dropout": "drop_rate",
+    }
+    for name, parameter in ours.items():
+        their_name = renamed.get(name, name)
+        assert parameter.default == theirs[their_name].default
 
 
 def test_layer_norm_has_the_epsilon_of_timm():
