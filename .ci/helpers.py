@@ -4,6 +4,8 @@ import gzip
 import hashlib
 from pathlib import Path
 
+import torch
+
 import vit
 
 ROOT = Path(vit.__file__).resolve().parent
@@ -21,6 +23,12 @@ TINY_SIZES = {
 }
 
 
+def make_model(**changes):
+    """Return the tiny model, with the same random weights in each test."""
+    torch.manual_seed(0)
+    return vit.VisionTransformer(**TINY_SIZES | changes)
+
+
 def write_mnist(folder, archives=False, sizes=(240, 60)):
     """Write the four files of MNIST, or .gz archives of them, with so many images.
 
@@ -30,14 +38,14 @@ def write_mnist(folder, archives=False, sizes=(240, 60)):
     resources = []
     for split, n in zip(["train", "t10k"], sizes, strict=True):
         images, labels = vit.make_synthetic_digits(n).tensors
-        pixels = (images * 255).byte()
 
         # Each file starts with its type and its sizes, in four bytes each.
         count = n.to_bytes(4, "big")
         side = (28).to_bytes(4, "big")
+        pixels = (images * 255).byte().flatten().tolist()
         contents = {
-            "images-idx3-ubyte": b"\0\0\x08\3" + count + side + side + to_bytes(pixels),
-            "labels-idx1-ubyte": b"\0\0\x08\1" + count + to_bytes(labels),
+            "images-idx3-ubyte": b"\0\0\x08\3" + count + side + side + bytes(pixels),
+            "labels-idx1-ubyte": b"\0\0\x08\1" + count + bytes(labels.tolist()),
         }
 
         for kind, content in contents.items():
@@ -46,11 +54,5 @@ def write_mnist(folder, archives=False, sizes=(240, 60)):
                 name += ".gz"
                 content = gzip.compress(content)
             (folder / name).write_bytes(content)
-            md5 = hashlib.md5(content).hexdigest()
-            resources.append((name, md5))
+            resources.append((name, hashlib.md5(content).hexdigest()))
     return resources
-
-
-def to_bytes(numbers):
-    """Return a tensor of numbers from 0 to 255 as bytes."""
-    return bytes(numbers.flatten().tolist())

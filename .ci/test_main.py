@@ -1,0 +1,257 @@
+"""`python vit.py`: its options, its files, what goes wrong, and its picture."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY_SIZES, make_model, write_mnist
+from PIL import ImageChops
+from torch.testing import assert_close
+
+import vit
+
+RAW = Path("data/MNIST/raw")
+NAMES = ["mnist.png", "mnist.pt", "synthetic.png", "synthetic.pt"]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Return a function that runs main on the tiny MNIST, without internet.
+
+    It returns which of the results of an earlier run have changed.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vit.MNIST, "mirrors", ["file:///nowhere/"])
+    write_mnist(RAW)
+    Path("out").mkdir()
+    for name in NAMES:
+        Path("out", name).write_text("earlier")
+
+    def run(options="", error=None, match=None):
+        tiny = "vit.py --embed-dim 16 --depth 1 --n-heads 1 --epochs 1 --device cpu"
+        monkeypatch.setattr("sys.argv", f"{tiny} {options}".split())
+        if error is None:
+            vit.main()
+        else:
+            with pytest.raises(error, match=match):
+                vit.main()
+        return [name for name in NAMES if Path("out", name).read_bytes() != b"earlier"]
+
+    return run
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Return what main has passed to train, which does nothing here."""
+    call = {}
+
+    def train(model, loader, **others):
+        call.update(others, model=model, loader=loader, seed=torch.initial_seed())
+        return [2.0, 1.0]
+
+    monkeypatch.setattr(vit, "train", train)
+    return call
+
+
+# --- Options --------------------------------------------------------------------------
+
+
+def test_default_options(monkeypatch):
+    # Catches another default, and another name.
+    monkeypatch.setattr("sys.argv", ["vit.py"])
+    options = vars(vit.parse_options())
+    assert str(options.pop("device")) in ("cpu", "cuda", "mps", "xpu")
+    assert " ".join(f"{name}={value}" for name, value in options.items()) == (
+        "patch_size=7 embed_dim=64 depth=4 n_heads=4 mlp_ratio=2.0 dropout=0.0 epochs=8 "
+        "batch_size=128 lr=0.005 weight_decay=0.05 seed=0 data_dir=data out_dir=out"
+    )
+
+
+def test_main_passes_on_the_options(run, trained):
+    # Catches an option that is not used, or in the place of another; training on the
+    # test set, without shuffling or without augmentation.
+    run("--epochs 3 --lr 0.5 --weight-decay 0.25 --seed 7 --batch-size 9")
+    loader = trained["loader"]
+    assert (trained["epochs"], trained["seed"]) == (3, 7)
+    assert (trained["lr"], trained["weight_decay"]) == (0.5, 0.25)
+    assert (loader.batch_size, len(loader.dataset)) == (9, 240)
+    assert isinstance(loader.sampler, torch.utils.data.RandomSampler)
+    assert len(trained["test_loader"].dataset) == 60
+    assert trained["transform"] is vit.augment
+
+
+BAD_OPTIONS = [
+    ("--patch-size 5", ValueError, "patch_size must divide img_size, got 5 and 28"),
+    ("--n-heads 5", ValueError, "n_heads must divide embed_dim, got 5 and 16"),
+    ("--dropout 1.5", ValueError, "1.5"),
+    ("--epochs 0", ValueError, "epochs, but got 0"),
+    ("--epochs many", SystemExit, "2"),
+    ("--batch-size 0", ValueError, "batch_size=0"),
+    ("--lr -1", ValueError, "learning rate"),
+    ("--lr nan", ValueError, "learning rate"),
+    ("--lr 1e30", FloatingPointError, "in epoch 1: lower the learning rate"),
+    ("--weight-decay -1", ValueError, "weight_decay value: -1"),
+    ("--device toaster", RuntimeError, "toaster"),
+    ("--out-dir out/mnist.pt", OSError, "out/mnist.pt"),  # a file
+    ("--data-dir out/mnist.pt", RuntimeError, "in out/mnist.pt.* got NotADir"),
+    ("--data-dir /proc/data", RuntimeError, "in /proc/data"),  # nobody can make it
+]
+
+
+@pytest.mark.parametrize("options, error, match", BAD_OPTIONS)
+def test_bad_option_is_refused(run, options, error, match):
+    # Catches a bad value that is accepted, or refused only after the results are lost,
+    # and an error that does not say what was wrong.
+    assert run(options, error, match) == []
+
+
+# --- Files and servers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_bytes", [0, 3, 1000])
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_damaged_file_is_refused(run, n_bytes, ending):
+    # Catches synthetic digits in the place of a damaged MNIST.
+    path = RAW / f"train-images-idx3-ubyte{ending}"
+    content = path.with_suffix("").read_bytes()
+    path.with_suffix("").unlink()
+    path.write_bytes(content[:n_bytes])
+    match = "expected train-images-idx3-ubyte.gz .* in data/MNIST/raw, intact, got .*"
+    assert run("", RuntimeError, match) == []
+
+
+def test_files_of_another_name_are_refused(run):
+    # Catches synthetic digits in their place, and an error without torchvision's own.
+    (RAW / "train-images-idx3-ubyte").rename(RAW / "train-images.idx3-ubyte")
+    match = "got RuntimeError.*Error downloading train-images-idx3-ubyte.gz"
+    assert run("", RuntimeError, match) == []
+
+
+def test_system_error_is_refused(run, monkeypatch):
+    # Catches synthetic digits after any error, such as a folder that is not writable.
+    for path in RAW.iterdir():
+        path.unlink()
+    monkeypatch.setattr(vit.MNIST, "download", lambda self: os.mkdir("/proc/x"))
+    assert run("", RuntimeError, "got FileNotFoundError.*No such file") == []
+
+
+def test_silent_server_does_not_hang_the_run(run, monkeypatch, capsys):
+    # Catches a download without a time limit, a fallback that does not say why, and
+    # results of synthetic digits under the name of MNIST.
+    for path in RAW.iterdir():
+        path.unlink()
+    set_timeout = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda s: set_timeout(s / 20))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        monkeypatch.setattr(vit.MNIST, "mirrors", [address])
+        assert run() == ["synthetic.png", "synthetic.pt"]
+    out, error = capsys.readouterr()
+    assert "timed out\nNo MNIST in data: using synthetic digits" in error
+    assert out.splitlines()[-1].startswith("synthetic digits test accuracy: ")
+
+
+# --- Results --------------------------------------------------------------------------
+
+
+def test_checkpoint_rebuilds_the_model(run, trained, capsys):
+    # Catches a size that is not saved, or in the place of another, and weights of
+    # another model.
+    sizes = "--patch-size 14 --embed-dim 24 --depth 3 --n-heads 2 --mlp-ratio 1.5"
+    assert run(f"{sizes} --dropout 0.25") == ["mnist.png", "mnist.pt"]
+    checkpoint = torch.load("out/mnist.pt", weights_only=True)
+    assert checkpoint["sizes"] == TINY_SIZES | {"patch_size": 14, "dropout": 0.25}
+    assert_close(checkpoint["weights"], trained["model"].state_dict())
+    assert sorted(os.listdir("out")) == NAMES
+
+
+def test_checkpoint_is_moved_to_the_cpu_first(run, trained, monkeypatch):
+    # Catches weights that are saved on a GPU. "meta", a device without data, stands for
+    # it: moving from there fails, which has to happen before anything is saved.
+    monkeypatch.setattr(vit, "evaluate", lambda model, loader: 0.5)
+    assert run("--device meta", NotImplementedError, "Cannot copy out of meta") == []
+
+
+def test_full_disk_spares_earlier_results(run, trained, monkeypatch, capsys):
+    # Catches a model that is written over an earlier one, and no word of the path.
+    def save(checkpoint, path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", save)
+    assert run("", OSError, "disk full") == []
+    assert capsys.readouterr().out.endswith("writing out/mnist.pt and out/mnist.png\n")
+
+
+def test_failing_picture_spares_the_model(run, trained, monkeypatch):
+    # Catches a trained model that is lost with its picture.
+    monkeypatch.setattr(vit, "draw_results", None)
+    assert run("", TypeError) == ["mnist.pt"]
+
+
+def test_ctrl_c_ends_the_run(run, monkeypatch):
+    # Catches a Ctrl-C that is ignored, and results of an unfinished training.
+    def interrupt(model, loader):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vit, "evaluate", interrupt)
+    assert run("", KeyboardInterrupt) == []
+
+
+def test_the_same_seed_gives_the_same_run(run):
+    # Catches a seed that is not used, or used too late.
+    models = []
+    for seed in (3, 3, 4):
+        run(f"--seed {seed}")
+        models.append(Path("out/mnist.pt").read_bytes())
+    assert models[0] == models[1] != models[2]
+
+
+# --- The picture ----------------------------------------------------------------------
+
+
+def draw(model, images, shift=0, losses=(2.0, 1.0)):
+    """Return the picture of these images, with labels of this distance to the answer."""
+    labels = (model(images).argmax(dim=1) + shift) % 10
+    return vit.draw_results(model, images, labels, list(losses))
+
+
+@pytest.mark.parametrize("patch_size", [4, 7, 14])
+def test_picture_tints_where_cls_looks(patch_size, monkeypatch):
+    # Catches another block, a single head, keys for queries, rows for columns, and a
+    # patch too many: [CLS]. All attention goes to [CLS] itself, then to the patch 1.
+    model = make_model(patch_size=patch_size).eval()
+    n_tokens = model.pos_embed.shape[1]
+    pictures = []
+    for key in (0, 2):
+        maps = torch.zeros(16, 3, 2, n_tokens, n_tokens)
+        maps[:, -1, -1, 0, key] = 1
+        monkeypatch.setattr(model, "attention_maps", lambda images, maps=maps: maps)
+        pictures.append(draw(model, torch.zeros(8, 1, 28, 28)))
+
+    # The first of the tiles, and in it the second patch, less its white lines.
+    tile = ImageChops.difference(*pictures).crop((20, 20, 132, 132))
+    side = 4 * patch_size
+    assert tile.getbbox() == (side + 1, 1, 2 * side, side)
+
+
+@pytest.mark.parametrize("patch_size, n_steps", [(4, 1), (7, 2), (14, 5000), (28, 9)])
+def test_picture_of_any_run(patch_size, n_steps):
+    # Catches a fixed number of patches or of errors, and a curve of a single step.
+    model = make_model(patch_size=patch_size).eval()
+    losses = torch.rand(n_steps).tolist()
+    picture = draw(model, torch.rand(9, 1, 28, 28), losses=losses)
+    assert picture.size == (1076, 480)
+
+
+def test_picture_shows_the_worst_digits_below():
+    # Catches the best digits, and other images: a white one, the ninth, is the only one
+    # that is misclassified.
+    model = make_model().eval()
+    images = torch.zeros(9, 1, 28, 28)
+    images[8] = 1
+    picture = draw(model, images, shift=torch.tensor([0] * 8 + [5])).convert("L")
+    assert picture.getpixel((26, 26)) < 100
+    assert picture.getpixel((26, 158)) > 150
