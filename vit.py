@@ -8,7 +8,7 @@
     python vit.py           # 8 epochs: 99.1% test accuracy in about two minutes
     python vit.py --help    # list the options
 
-Cut an image into patches, read them like words, and a plain transformer learns to see
+Cut an image into patches, treat them as words, and a plain transformer learns to see
 ("An Image is Worth 16x16 Words", Dosovitskiy et al., 2020,
 https://arxiv.org/abs/2010.11929). The path of one image through the model:
 
@@ -18,7 +18,7 @@ https://arxiv.org/abs/2010.11929). The path of one image through the model:
     class token   (17, 64)     one more token, [CLS], stands for the whole image
     positions     (17, 64)     a learned vector tells each token where it is
     blocks        (17, 64)     4 times: attention passes information between tokens,
-                               then an MLP processes each token by itself
+                               then an MLP processes each token separately
     logits        (10)         a linear layer turns [CLS] into one logit per digit
 
 Shape notation: B images, C channels, H x W pixels, N patches of P x P pixels,
@@ -87,7 +87,7 @@ def parse_options():
 class PatchEmbed(nn.Module):
     """Cut images into patches and turn each into a token: (B, C, H, W) -> (B, N, D).
 
-    Raises ValueError if patch_size does not divide img_size, or images have another size.
+    Raises ValueError if patch_size does not divide img_size, or H or W is not img_size.
     """
 
     def __init__(self, img_size, patch_size, in_channels, embed_dim):
@@ -137,8 +137,8 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x):
         """Return queries, keys and values: (B, T, D) -> each (B, h, T, D/h)."""
-        # Each head has its own, so that a token can look for h things at once. One
-        # layer computes them from the whole token: h queries, h keys, then h values.
+        # Each head has its own set, so that a token can look for h things at once. One
+        # layer computes all sets: h queries, then h keys, then h values.
         x = self.qkv(x)  # (B, T, 3D)
         x = x.unflatten(2, (3 * self.n_heads, -1))  # (B, T, 3h, D/h)
         x = x.transpose(1, 2)  # (B, 3h, T, D/h)
@@ -151,17 +151,18 @@ class Attention(nn.Module):
         """
         q, k, _ = self.queries_keys_values(x)
 
-        # A query and a key that match have a large dot product. As a sum of D/h terms,
-        # its variance grows with D/h; dividing by sqrt(D/h) undoes that, so that
-        # softmax does not pick a single token.
+        # A query and a key that match have a large dot product. Its variance grows with
+        # D/h, the number of its terms; dividing by sqrt(D/h) undoes that. Otherwise,
+        # softmax would pick a single token and leave almost no gradient.
         q = q / math.sqrt(q.shape[3])
         scores = q @ k.transpose(2, 3)  # (B, h, T, T)
         return scores.softmax(dim=3)
 
     def forward(self, x):
-        # This is attention_weights(x) @ v, but faster: it stores no weights.
+        # The same as attention_weights(x) @ v, but faster: it never stores the T x T
+        # weights.
         q, k, v = self.queries_keys_values(x)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, T, D/h)
+        x = F.scaled_dot_product_attention(q, k, v)
 
         # Join the heads; proj combines what they have found.
         x = x.transpose(1, 2).flatten(2)
@@ -169,7 +170,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Process each token by itself: (B, T, D) -> (B, T, D)."""
+    """Process each token separately: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, embed_dim, hidden_dim, dropout):
         super().__init__()
@@ -179,7 +180,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         # Attention mixes tokens; the MLP finds new features in each. Its wide first
-        # layer looks for many, GELU (a smooth ReLU) silences those not found, and the
+        # layer looks for many, GELU (a smooth ReLU) silences those absent, and the
         # second layer combines the rest.
         x = self.fc1(x)  # (B, T, hidden_dim)
         x = F.gelu(x)
@@ -201,8 +202,8 @@ class Block(nn.Module):
         self.mlp = MLP(embed_dim, int(embed_dim * mlp_ratio), dropout=dropout)
 
     def forward(self, x):
-        # Residual connections: attention and MLP add to a token, never replace it.
-        # Gradients pass through sums unchanged, so even the first block learns quickly.
+        # Residual connections: a layer adds to a token but never replaces it. Gradients
+        # pass through sums unchanged, so even the first block learns quickly.
         x = x + self.attn(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
         return x
@@ -240,9 +241,9 @@ class VisionTransformer(nn.Module):
         # gathers what the head needs.
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
 
-        # Attention ignores order: shuffled patches would look the same to it. So we add
-        # a learned position embedding to each token. Its standard deviation, 0.2, is
-        # about that of embedded MNIST patches, so that neither dominates.
+        # Attention, a weighted average, ignores order, so we add a learned position
+        # embedding to each token. Its initial standard deviation, 0.2, is about that of
+        # embedded MNIST patches, so that neither dominates.
         n_tokens = 1 + (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.2 * torch.randn(1, n_tokens, embed_dim))
         self.dropout = nn.Dropout(dropout)
@@ -303,16 +304,17 @@ def load_mnist(folder):
 
 
 def augment(images):
-    """Rotate, scale, shear and shift each image at random: (B, C, H, W) -> same.
+    """Distort each image at random: (B, C, H, W) -> same shape, in float32.
 
     New variants in each epoch are harder to memorize.
     """
     # A matrix maps each position (x, y, 1) in the result to its source in the image; x
-    # and y run from -1 to 1. The identity changes nothing, so we add noise.
+    # and y run from -1 to 1. The identity changes nothing; noise in the last column
+    # shifts, in the others rotates, scales and shears.
     noise = torch.empty(images.shape[0], 2, 3).uniform_(-0.15, 0.15)
     matrix = torch.eye(2, 3) + noise
 
-    # Half precision would be too coarse for positions.
+    # Positions need float32, even if images do not.
     images = images.float()
     sources = F.affine_grid(matrix.to(images), images.shape, align_corners=False)
     return F.grid_sample(images, sources, align_corners=False)
@@ -334,18 +336,18 @@ def make_synthetic_digits(n):
 def load_digits(folder):
     """Return the name, training set and test set: MNIST or, offline, synthetic digits.
 
-    Raises RuntimeError if MNIST fails to load for any other reason.
+    Raises RuntimeError if MNIST fails to load for another reason.
     """
     try:
         return "MNIST", *load_mnist(folder)
     except Exception as error:
-        # Fall back only if a download has failed and left no file.
+        # Fall back only if a failed download left no file.
         offline = isinstance(error, (RuntimeError, ConnectionError, TimeoutError))
         if not offline or any(Path(folder, "MNIST/raw").glob("*ubyte*")):
             raise RuntimeError(
                 "cannot load MNIST: expected train-images-idx3-ubyte.gz and the three "
-                f"other archives in {folder}/MNIST/raw, intact, got {error!r}; delete "
-                "damaged and unpacked files there"
+                f"other archives, intact, in {folder}/MNIST/raw, but got {error!r}; "
+                "delete damaged or unpacked files there"
             ) from error
         print(
             f"{error}\nNo MNIST in {folder}: using synthetic digits.", file=sys.stderr
@@ -371,7 +373,7 @@ def evaluate(model, loader):
     for images, labels in loader:
         predictions = model(images.to(device)).argmax(dim=1).to(labels.device)
 
-        # == would broadcast labels of another shape; view_as does not.
+        # view_as refuses labels of another shape, which == would broadcast.
         hits = predictions.view_as(labels) == labels
         correct += hits.flatten().tolist()
     return statistics.fmean(correct)
@@ -382,26 +384,26 @@ def train(
 ):
     """Train the model in place, on its device; return the loss of each step.
 
-    loader, test_loader: batches of (images, labels); loader must support len(). Images
-    should be normalized or, like those of MNIST, mostly 0.
+    loader, test_loader: batches of (images, labels); loader must support len(). Bright
+    images train slowly unless they are normalized.
     lr: peak learning rate, such as 5e-3 for a small model, 1e-4 for a pretrained one.
     transform: a function applied to the images of each training batch.
 
-    Each call runs a full schedule and prints a line for each epoch. Leaves the model in
-    eval mode. Raises FloatingPointError if a loss is not finite.
+    Each call runs a whole learning-rate schedule and prints a line for each epoch.
+    Leaves the model in eval mode. Raises FloatingPointError if a loss is not finite.
     """
     device = next(model.parameters()).device
 
-    # AdamW moves each parameter against the average of its recent gradients, divided by
-    # their typical size, so that all move at a similar pace. Weight decay also shrinks
-    # them slightly at each step, to discourage large weights.
+    # AdamW moves each parameter against the average of its recent gradients (momentum),
+    # divided by their typical size, so that all move at a similar pace. Weight decay
+    # also shrinks the parameters slightly, to discourage large ones.
     optimizer = torch.optim.AdamW(
         model.parameters(), lr, weight_decay=weight_decay, fused=True
     )
 
-    # Warm-up: while AdamW learns the typical sizes, the learning rate rises from lr/25
-    # to lr, over the first 30% of steps (OneCycleLR's defaults). Then it falls along a
-    # cosine to almost 0, so that the model settles. The averaging stays constant.
+    # Warm-up: while AdamW estimates these sizes, the learning rate rises from lr/25 to
+    # lr, over the first 30% of steps. Then it falls along a cosine to almost 0, so that
+    # the model settles. (OneCycleLR's defaults, except that momentum stays constant.)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, epochs=epochs, steps_per_epoch=len(loader), cycle_momentum=False
     )
@@ -420,7 +422,7 @@ def train(
                 images = transform(images)
 
             # Forward: compute the logits and the loss, the mean of -log(p), where p is
-            # the probability that the model assigns to the true class.
+            # the model's probability of the true class.
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
             if not loss.isfinite():
@@ -429,11 +431,11 @@ def train(
                     "rate, or check for non-finite images"
                 )
 
-            # Backward: compute the gradients of the loss.
+            # Backward: compute the gradients.
             optimizer.zero_grad()
             loss.backward()
 
-            # Update the parameters and the learning rate.
+            # Update parameters and learning rate.
             optimizer.step()
             scheduler.step()
 
@@ -464,18 +466,18 @@ def draw_results(model, images, labels, losses):
 
     Expects a model in eval mode and images from 0 to 1, on the CPU.
     """
-    # The first eight digits, and the eight of highest loss.
+    # Choose the first eight digits, and the eight with the highest loss.
     logits = model(images)
     worst = F.cross_entropy(logits, labels, reduction="none").topk(8).indices
     chosen = torch.cat([torch.arange(8), worst])
 
-    # How much [CLS], token 0, attends to each patch: last block, mean over heads.
+    # Average over heads how much [CLS], token 0, attends to patches in the last block.
     maps = model.attention_maps(images[chosen])  # (16, depth, h, T, T)
     attention = maps[:, -1, :, 0, 1:].mean(dim=1)  # (16, T - 1)
     n_rows = math.isqrt(attention.shape[1])
     attention = attention.unflatten(1, (1, n_rows, n_rows))
 
-    # The more attention, the more orange; the root makes weak attention visible. White
+    # The more attention, the more orange; the square root makes a little visible. White
     # lines separate the patches.
     digits = F.interpolate(images[chosen], 112)
     opacity = F.interpolate(attention.sqrt(), 112)
@@ -533,7 +535,7 @@ def main():
     test_loader = DataLoader(test_set, batch_size=1000)
     print(f"{data}: {len(train_set):,} training images, {len(test_set):,} test images")
 
-    # Training. Test accuracy is only reported, never used for tuning.
+    # Training. Test accuracy is never used for tuning.
     losses = train(
         model,
         loader,
@@ -545,8 +547,8 @@ def main():
     )
     accuracy = evaluate(model, test_loader)
 
-    # Results. Each is written under another name first, so a failure leaves an earlier
-    # one intact. Weights saved from the CPU load anywhere.
+    # Results. Each is first written under a temporary name, so a failure leaves an
+    # earlier one intact. Weights saved from the CPU load anywhere.
     name = "mnist" if data == "MNIST" else "synthetic"
     part = options.out_dir / f"{name}.part"
     model_path = options.out_dir / f"{name}.pt"

@@ -118,7 +118,7 @@ def test_damaged_file_is_refused(run, n_bytes, ending):
     content = path.with_suffix("").read_bytes()
     path.with_suffix("").unlink()
     path.write_bytes(content[:n_bytes])
-    match = "expected train-images-idx3-ubyte.gz .* in data/MNIST/raw, intact, got .*"
+    match = "expected train-images-idx3-ubyte.gz .* in data/MNIST/raw, but got .*"
     assert run("", RuntimeError, match) == []
 
 
