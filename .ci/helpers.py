@@ -1,7 +1,5 @@
 """A tiny model and a tiny MNIST of synthetic digits, for the checks in this folder."""
 
-import gzip
-import hashlib
 from pathlib import Path
 
 import torch
@@ -29,30 +27,18 @@ def make_model(**changes):
     return vit.VisionTransformer(**TINY_SIZES | changes)
 
 
-def write_mnist(folder, archives=False, sizes=(240, 60)):
-    """Write the four files of MNIST, or .gz archives of them, with so many images.
-
-    Returns torchvision's list of files: (name, md5).
-    """
+def write_mnist(folder, sizes=(240, 60)):
+    """Write the four files of MNIST, with so many images to train and to test."""
     folder.mkdir(parents=True, exist_ok=True)
-    resources = []
     for split, n in zip(["train", "t10k"], sizes, strict=True):
         images, labels = vit.make_synthetic_digits(n).tensors
 
         # Each file starts with its type and its sizes, in four bytes each.
-        count = n.to_bytes(4, "big")
-        side = (28).to_bytes(4, "big")
+        count, side = n.to_bytes(4, "big"), (28).to_bytes(4, "big")
         pixels = (images * 255).byte().flatten().tolist()
         contents = {
             "images-idx3-ubyte": b"\0\0\x08\3" + count + side + side + bytes(pixels),
             "labels-idx1-ubyte": b"\0\0\x08\1" + count + bytes(labels.tolist()),
         }
-
         for kind, content in contents.items():
-            name = f"{split}-{kind}"
-            if archives:
-                name += ".gz"
-                content = gzip.compress(content)
-            (folder / name).write_bytes(content)
-            resources.append((name, hashlib.md5(content).hexdigest()))
-    return resources
+            (folder / f"{split}-{kind}").write_bytes(content)

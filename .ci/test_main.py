@@ -55,9 +55,6 @@ def trained(monkeypatch):
     return call
 
 
-# --- Options --------------------------------------------------------------------------
-
-
 def test_default_options(monkeypatch):
     # Catches another default, and another name.
     monkeypatch.setattr("sys.argv", ["vit.py"])
@@ -107,9 +104,6 @@ def test_bad_option_is_refused(run, options, error, match):
     assert run(options, error, match) == []
 
 
-# --- Files and servers ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("n_bytes", [0, 3, 1000])
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_damaged_file_is_refused(run, n_bytes, ending):
@@ -129,14 +123,6 @@ def test_files_of_another_name_are_refused(run):
     assert run("", RuntimeError, match) == []
 
 
-def test_system_error_is_refused(run, monkeypatch):
-    # Catches synthetic digits after any error, such as a folder that is not writable.
-    for path in RAW.iterdir():
-        path.unlink()
-    monkeypatch.setattr(vit.MNIST, "download", lambda self: os.mkdir("/proc/x"))
-    assert run("", RuntimeError, "got FileNotFoundError.*No such file") == []
-
-
 def test_silent_server_does_not_hang_the_run(run, monkeypatch, capsys):
     # Catches a download without a time limit, a fallback that does not say why, and
     # results of synthetic digits under the name of MNIST.
@@ -151,9 +137,6 @@ def test_silent_server_does_not_hang_the_run(run, monkeypatch, capsys):
     out, error = capsys.readouterr()
     assert "timed out\nNo MNIST in data: using synthetic digits" in error
     assert out.splitlines()[-1].startswith("synthetic digits test accuracy: ")
-
-
-# --- Results --------------------------------------------------------------------------
 
 
 def test_checkpoint_rebuilds_the_model(run, trained, capsys):
@@ -185,12 +168,6 @@ def test_full_disk_spares_earlier_results(run, trained, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("writing out/mnist.pt and out/mnist.png\n")
 
 
-def test_failing_picture_spares_the_model(run, trained, monkeypatch):
-    # Catches a trained model that is lost with its picture.
-    monkeypatch.setattr(vit, "draw_results", None)
-    assert run("", TypeError) == ["mnist.pt"]
-
-
 def test_ctrl_c_ends_the_run(run, monkeypatch):
     # Catches a Ctrl-C that is ignored, and results of an unfinished training.
     def interrupt(model, loader):
@@ -207,9 +184,6 @@ def test_the_same_seed_gives_the_same_run(run):
         run(f"--seed {seed}")
         models.append(Path("out/mnist.pt").read_bytes())
     assert models[0] == models[1] != models[2]
-
-
-# --- The picture ----------------------------------------------------------------------
 
 
 def draw(model, images, shift=0, losses=(2.0, 1.0)):
@@ -237,13 +211,12 @@ def test_picture_tints_where_cls_looks(patch_size, monkeypatch):
     assert tile.getbbox() == (side + 1, 1, 2 * side, side)
 
 
-@pytest.mark.parametrize("patch_size, n_steps", [(4, 1), (7, 2), (14, 5000), (28, 9)])
+@pytest.mark.parametrize("patch_size, n_steps", [(4, 1), (14, 5000), (28, 9)])
 def test_picture_of_any_run(patch_size, n_steps):
     # Catches a fixed number of patches or of errors, and a curve of a single step.
     model = make_model(patch_size=patch_size).eval()
     losses = torch.rand(n_steps).tolist()
-    picture = draw(model, torch.rand(9, 1, 28, 28), losses=losses)
-    assert picture.size == (1076, 480)
+    assert draw(model, torch.rand(9, 1, 28, 28), losses=losses).size == (1076, 480)
 
 
 def test_picture_shows_the_worst_digits_below():

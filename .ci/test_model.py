@@ -1,7 +1,7 @@
 """The model against timm's, and in the ways in which others use it."""
 
 import inspect
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -97,20 +97,10 @@ def test_attention_weights_are_finite(dtype):
 def test_attention_maps_from_four_threads():
     # Catches maps that are kept in the model, where threads overwrite each other's.
     model = make_model().eval()
-    images = torch.rand(4, 8, 1, 28, 28)
-    expected = [model.attention_maps(batch) for batch in images]
-    equal = []
-
-    def compare(i):
-        for _ in range(20):
-            equal.append(torch.equal(model.attention_maps(images[i]), expected[i]))
-
-    threads = [threading.Thread(target=compare, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert equal == [True] * 80
+    batches = list(torch.rand(40, 8, 1, 28, 28))
+    with ThreadPoolExecutor(4) as pool:
+        maps = list(pool.map(model.attention_maps, batches))
+    assert all(map(torch.equal, maps, map(model.attention_maps, batches)))
 
 
 class Maps(torch.nn.Module):

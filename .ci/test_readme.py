@@ -1,159 +1,171 @@
-"""The README's Python blocks, each run as a program of its own, on synthetic files."""
+"""The README's scripts, each run as a program of its own, its figures and its lists."""
 
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, write_mnist
+from helpers import ROOT, TINY_SIZES, write_mnist
 from PIL import Image, ImageDraw
 
 import vit
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEIT = "deit_tiny_patch16_224-a1311bcf.pth"
 
 
-def recipe(title):
-    """Return the Python block under this heading of the README."""
-    section = README.split(f"### {title}\n")[1].split("\n#")[0]
-    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+def recipe(title, language="python"):
+    """Return the first block under this heading."""
+    section = README.split(f"# {title}\n")[1]
+    return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
 
 
-def run(folder, code, *launcher):
-    """Run code as a program in the folder, beside a copy of vit.py; return its output."""
+def run(folder, code, name="recipe.py", launcher=()):
+    """Run code as a program in the folder, beside vit.py and load.py."""
     (folder / "vit.py").write_text((ROOT / "vit.py").read_text())
-    (folder / "recipe.py").write_text(code)
-    command = [sys.executable, *launcher, "recipe.py"]
-    environment = os.environ | {"PYTHONPATH": ""}
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    (folder / "load.py").write_text(recipe("Use it in your project"))
+    (folder / name).write_text(code)
+    command = [sys.executable, *launcher, name]
+    return subprocess.check_output(command, cwd=folder, text=True)
 
 
-def draw_photos(folder):
-    """Draw two classes, wide and tall bars, in the color modes of real photos."""
-    for i in range(160):
+def test_own_images_and_pretrained_weights(tmp_path):
+    # Photos of wide and tall bars, in the modes of real files. Random weights in the
+    # format of DeiT's file are a stand-in for the real ones.
+    for i in range(60):
         name, box = [("wide", (10, 40, 110, 60)), ("tall", (50, 10, 70, 90))][i % 2]
         photo = Image.effect_noise((120, 100), 40).convert("RGB")
         ImageDraw.Draw(photo).rectangle(box, "white")
-        path = folder / "photos" / name / f"{i}.jpg"
+        path = tmp_path / "photos" / name / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        photo.convert(["RGB", "L", "CMYK"][i % 3]).save(path)
-    photo.save(folder / "new.jpg")
-    photo.save(folder / "photo.jpg")
+        photo.convert(["RGB", "L", "P", "RGBA"][i % 4]).save(path)
+    photo.save(tmp_path / "new.jpg")
+    deit = vit.VisionTransformer(embed_dim=192, n_heads=3)
+    torch.save({"model": deit.state_dict()}, tmp_path / DEIT)
+    pretrained = recipe("Pretrained weights")
+    assert "ImageNet class" in run(tmp_path, pretrained, "pretrained.py")
+
+    # Fewer epochs are enough to see that both scripts run.
+    own = recipe("Your own images").replace("epochs, lr = 60", "epochs, lr = 2")
+    tuned = re.search(r"(from pretrained .*?lr = .*?\n)", README, re.DOTALL)[1]
+    first, rest = own.index("prepare ="), own.index("photos =")
+    for code in (own, own[:first] + tuned.replace("5, 1e-4", "1, 1e-4") + own[rest:]):
+        output = run(tmp_path, code)
+        assert "60 images of ['tall', 'wide']" in output
+        assert re.search(r"(tall|wide) \(\d+%\)\n$", output)
+        saved = torch.load(tmp_path / "photos.pt")
+        model = vit.VisionTransformer(**saved["sizes"], num_classes=2)
+        model.load_state_dict(saved["weights"])
+
+    larger = recipe("Another image size") + "print(model(torch.rand(1, 3, 384, 384)))"
+    assert "grad_fn" in run(tmp_path, larger)
 
 
-def test_your_own_images(tmp_path):
-    # The last photo drawn is a tall bar.
-    draw_photos(tmp_path)
-    output = run(tmp_path, recipe("Your own images"))
-    assert output.count("epoch ") == 20
-    assert "predicted tall" in output
+def test_a_photographed_digit(tmp_path):
+    # A dark 7 on light, noisy paper, off the center; the same in ink on transparency.
+    sizes = TINY_SIZES | {"embed_dim": 64, "depth": 4, "n_heads": 4}
+    model = vit.VisionTransformer(**sizes)
+    loader = torch.utils.data.DataLoader(vit.make_synthetic_digits(2000), 20)
+    vit.train(model, loader, epochs=5, lr=5e-3)
+    (tmp_path / "out").mkdir()
+    saved = {"sizes": sizes, "weights": model.state_dict()}
+    torch.save(saved, tmp_path / "out/mnist.pt")
 
-    # What was saved loads as the next recipe does it.
-    saved = torch.load(tmp_path / "photos.pt")
-    model = vit.VisionTransformer(**saved["sizes"])
-    model.load_state_dict(saved["weights"])
-    assert saved["classes"] == ["tall", "wide"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with an out/mnist.pt that knows synthetic digits."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_mnist(folder / "data" / "MNIST" / "raw", sizes=(2_000, 60))
-    command = [
-        sys.executable,
-        str(ROOT / "vit.py"),
-        "--epochs",
-        "8",
-        "--batch-size",
-        "20",
-    ]
-    subprocess.run(command, cwd=folder, check=True)
-    return folder
+    paper = Image.effect_noise((600, 800), 10).point(lambda value: min(255, value + 90))
+    for photo in (paper.convert("RGB"), Image.new("RGBA", (600, 800))):
+        ImageDraw.Draw(photo).text((300, 300), "7", (20, 20, 20), font_size=300)
+        photo.save(tmp_path / "digit.png")
+        code = recipe("A photographed digit").replace("digit.jpg", "digit.png")
+        code += "assert maps.shape == (1, 4, 4, 17, 17)\n"
+        assert run(tmp_path, code).startswith("7 (")
 
 
-def test_a_photographed_digit(trained):
-    # A dark 7 on light, noisy paper, off the center.
-    photo = Image.effect_noise((600, 800), 10)
-    photo = photo.point(lambda value: min(255, value + 90))
-    ImageDraw.Draw(photo).text((300, 300), "7", 20, font_size=300)
-    photo.save(trained / "digit.jpg")
+def test_load_reads_any_picture(tmp_path):
+    # Left red, right black; black is transparent where a mode can say so.
+    exec(recipe("Use it in your project"), namespace := {})  # noqa: S102
+    red = Image.new("RGB", (40, 20))
+    red.paste("red", (0, 0, 20, 20))
+    transparent = red.convert("RGBA")
+    transparent.putalpha(red.getchannel("R"))
+    turned = Image.Exif()
+    turned[0x0112] = 3  # upside down
+    red.save(tmp_path / "RGB.png")
+    red.quantize().save(tmp_path / "P.png")
+    red.convert("CMYK").save(tmp_path / "CMYK.tif")
+    red.rotate(180).save(tmp_path / "EXIF.png", exif=turned)
+    transparent.save(tmp_path / "RGBA.png")
+    for path in tmp_path.iterdir():
+        loaded = namespace["load"](path)
+        assert (loaded.mode, loaded.size) == ("RGB", (40, 20))
+        assert loaded.getpixel((5, 5)) == (255, 0, 0)
+        right = 255 if path.stem == "RGBA" else 0
+        assert loaded.getpixel((35, 5)) == (right, right, right)
 
-    code = recipe("A photographed digit") + "assert maps.shape == (1, 4, 4, 17, 17)\n"
-    assert "predicted 7" in run(trained, code)
-
-
-def test_published_weights_and_another_image_size(tmp_path):
-    # Random weights in the format of DeiT's file stand for the published ones.
-    draw_photos(tmp_path)
-    deit = vit.VisionTransformer(embed_dim=192, depth=12, n_heads=3)
-    torch.save(
-        {"model": deit.state_dict()}, tmp_path / "deit_tiny_patch16_224-a1311bcf.pth"
-    )
-
-    # One epoch of ten photos is enough to see that it runs.
-    published = recipe("Published weights").replace("epochs=5", "epochs=1")
-    for path in sorted((tmp_path / "photos").glob("*/*.jpg"))[10:]:
-        if path.name not in ("0.jpg", "1.jpg"):
-            path.unlink()
-    code = published + recipe("Another image size")
-    code += "assert logits.shape == (1, 1000)\n"
-    code += "assert model(torch.zeros(1, 3, 384, 384)).shape == (1, 2)\n"
-    assert "epoch 1/1" in run(tmp_path, code)
+    Image.new("I;16", (40, 20)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="deep.png: expected 8 bits"):
+        namespace["load"](tmp_path / "deep.png")
 
 
-def test_export_line(tmp_path):
-    # The line of the README, for batches of another size than that of the example.
-    line = re.search(r"`(torch\.export\.export\(.*?\)\))`", README)[1]
-    code = f"""
+# Two processes share the batches; each has a model, and their gradients are averaged.
+TWO_PROCESSES = """
 import torch, vit
-model = vit.VisionTransformer(img_size=32, embed_dim=32, depth=1, n_heads=2).eval()
-images = torch.rand(2, 3, 32, 32)
-exported = {line}.module()
-more = torch.rand(5, 3, 32, 32)
-torch.testing.assert_close(exported(more), model(more))
-"""
-    run(tmp_path, code)
-
-
-def test_bfloat16_line(tmp_path):
-    # With autocast around the forward pass alone, training learns.
-    line = re.search(r"to `(with torch\.autocast.*?)`", README)[1]
-    source = (ROOT / "vit.py").read_text()
-    assert source.count("logits = model(images)\n") == 1
-    changed = source.replace("logits = model(images)\n", line + "\n")
-    code = f"""
-{changed.split("if __name__")[0]}
-torch.manual_seed(0)
-batches = [make_synthetic_digits(64).tensors]
-model = VisionTransformer(
-    img_size=28, patch_size=7, in_channels=1, num_classes=10, embed_dim=64, n_heads=4
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+torch.manual_seed(rank)
+model = torch.nn.parallel.DistributedDataParallel(
+    vit.VisionTransformer(img_size=28, patch_size=7, in_channels=1, embed_dim=8, n_heads=2)
 )
-losses = train(model, batches, epochs=60, lr=1e-3)
-assert losses[-1] < losses[0] / 4, losses
+vit.train(model, [vit.make_synthetic_digits(20 + rank).tensors], epochs=2, lr=0.01)
+torch.save(model.module.state_dict(), f"{rank}.pt")
+torch.distributed.destroy_process_group()
 """
-    run(tmp_path, code)
 
 
 def test_two_processes(tmp_path):
-    # 1,919 images: an odd number, so that the shards have to be cut to equal length.
-    write_mnist(tmp_path / "data" / "MNIST" / "raw", sizes=(1_919, 60))
+    # The weights of both models stay equal.
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    output = run(tmp_path, recipe("Several GPUs or processes"), *launcher)
-    assert output.count("epoch ") == output.count("test accuracy") == 8
+    run(tmp_path, TWO_PROCESSES, launcher=launcher)
+    first, second = torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")
+    torch.testing.assert_close(first, second)
 
-    saved = torch.load(tmp_path / "many.pt")
-    model = vit.VisionTransformer(**saved["sizes"])
-    model.load_state_dict(saved["weights"])
-    assert sum(p.numel() for p in model.parameters()) == 139_018
+
+def test_bfloat16_line():
+    # With autocast around the forward pass alone, training learns.
+    line = re.search(r"`(with torch\.autocast.*?)`", README)[1]
+    source = (ROOT / "vit.py").read_text()
+    source = source.replace(" " * 12 + "logits = model(images)", " " * 12 + line)
+    assert line in source
+    exec(source, namespace := {"__name__": "changed"})  # noqa: S102
+    model = namespace["VisionTransformer"](**TINY_SIZES)
+    batches = [vit.make_synthetic_digits(64).tensors]
+    losses = namespace["train"](model, batches, epochs=60, lr=1e-2)
+    assert losses[-1] < losses[0] / 4
+
+
+def test_printed_run_and_options(tmp_path, monkeypatch, capsys):
+    # The form of the printed run is the program's, and all options in commands exist.
+    monkeypatch.chdir(tmp_path)
+    write_mnist(tmp_path / "data" / "MNIST" / "raw")
+    monkeypatch.setattr("sys.argv", ["vit.py", "--device", "cpu", "--epochs", "1"])
+    vit.main()
+    out = capsys.readouterr().out
+    forms = set(re.sub(r"[\d,.]*\d", "0", out).split("\n"))
+    printed = re.sub(r"[\d,.]*\d", "0", recipe("Quick start", "text")).split("\n")
+    assert set(printed) - {"..."} == forms
+
+    commands = re.findall(r"(--(?:batch|epochs).*?)[`\n]", README.replace("\\\n", ""))
+    assert len(commands) == 4
+    for command in commands:
+        monkeypatch.setattr("sys.argv", ["vit.py", *command.split()])
+        vit.parse_options()
+
+
+def test_lists_of_packages_agree():
+    # Those of vit.py, for uv, of requirements.txt, and the oldest in the README.
+    header = re.search(r"# dependencies = \[(.*)\]", (ROOT / "vit.py").read_text())[1]
+    packages = (ROOT / "requirements.txt").read_text().split()
+    assert re.findall(r'"(.*?)"', header) + ["pytest>=8"] == packages
+    oldest = README.split("oldest")[1].lower()
+    for package in packages[:3]:
+        assert package.replace(">=", " ") in oldest

@@ -1,6 +1,5 @@
 """The training and the data."""
 
-import gc
 import math
 import re
 import sys
@@ -31,9 +30,6 @@ def train(batches, epochs=1, lr=0.01, **options):
     return vit.train(make_model(), batches, epochs, lr, **options)
 
 
-# --- train ----------------------------------------------------------------------------
-
-
 def test_printed_line_has_loss_accuracy_and_speed(capsys, monkeypatch):
     # Catches the mean of other steps, an accuracy of other batches, of augmented ones or
     # of the time before, and another count or time in the speed.
@@ -53,19 +49,18 @@ def test_printed_line_has_loss_accuracy_and_speed(capsys, monkeypatch):
     accuracy = vit.evaluate(model, test_batches)
     assert f"test accuracy {accuracy:.2%}, 6 images/s\n" in out  # 18 in 3 s
     assert re.findall(r"(\S+) images/s", out) == ["9", "6"]
-    assert "\r" not in out
+    assert {type(loss) for loss in losses} == {float}  # a tensor would keep its graph
 
 
-@pytest.mark.parametrize("image", [math.nan, math.inf])
-def test_one_bad_pixel_ends_the_training(image):
-    # Catches hours of training after the model is lost, and an error that blames the
-    # learning rate alone.
-    batches = make_batches(10)
-    batches[3][0][0, 0, 0, 0] = image
-    steps = []
+@pytest.mark.parametrize("pixel", [math.nan, math.inf])
+def test_one_bad_pixel_ends_the_training(pixel):
+    # Catches an error that comes late, destroys the model, or blames the rate alone.
+    model = make_model()
+    batches = make_batches()
+    batches[1][0][0, 0, 0, 0] = pixel
     with pytest.raises(FloatingPointError, match="epoch 1: lower .* non-finite images"):
-        train(batches, epochs=5, transform=lambda x: steps.append(x) or x)
-    assert len(steps) == 4
+        vit.train(model, batches, epochs=1, lr=0.01)
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("stream", [None, SimpleNamespace(write=len, flush=int)])
@@ -85,35 +80,6 @@ class ShortLoader(list):
 def test_loader_with_fewer_batches_than_its_length():
     # Catches losses of steps that were never taken.
     assert len(train(ShortLoader(make_batches(2)), epochs=2)) == 4
-
-
-class NotMoved(SimpleNamespace):
-    """A tensor on another device than the model: it has to be moved first."""
-
-    def to(self, device):
-        return self.tensor.to(device)
-
-
-def test_batches_are_moved_to_the_device():
-    # Catches images or labels that stay on the CPU while the model is on a GPU.
-    batches = [[NotMoved(tensor=tensor) for tensor in make_batches()[0]]]
-    assert len(train(batches)) == 1
-
-
-def test_memory_does_not_grow_with_the_steps():
-    # Catches losses that are kept with the graph of their step.
-    counts = []
-
-    def note(images):
-        graphs = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.grad_fn]
-        counts.append(len(graphs))
-        return images
-
-    train(make_batches(10), transform=note)
-    assert counts[9] <= counts[1]
-
-
-# --- evaluate -------------------------------------------------------------------------
 
 
 def test_evaluate_counts_images_not_batches():
@@ -141,16 +107,13 @@ def test_evaluate_keeps_no_graph_and_no_dropout():
     # Catches a missing no_grad, which costs memory, and a missing model.eval().
     model = make_model(dropout=0.5).train()
     seen = []
-    model.register_forward_hook(
-        lambda module, inputs, output: seen.append(
-            module.training | output.requires_grad
-        )
-    )
-    vit.evaluate(model, make_batches())
-    assert seen == [False] * 3
 
+    def note(module, inputs, output):
+        seen.append((module.training, output.requires_grad))
 
-# --- The data -------------------------------------------------------------------------
+    model.register_forward_hook(note)
+    vit.evaluate(model, make_batches(1))
+    assert seen == [(False, False)]
 
 
 def test_load_mnist_reads_the_files(tmp_path):
