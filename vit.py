@@ -8,8 +8,8 @@
     python vit.py           # 8 epochs: 99.1% test accuracy in about two minutes
     python vit.py --help    # list the options
 
-Cut an image into patches, treat them as words, and a plain transformer learns to see
-("An Image is Worth 16x16 Words", Dosovitskiy et al., 2020,
+Cut an image into patches, treat them as words, and a plain transformer (the blocks
+below) learns to see ("An Image is Worth 16x16 Words", Dosovitskiy et al., 2020,
 https://arxiv.org/abs/2010.11929). The path of one image through the model:
 
     image         (1, 28, 28)  one gray channel, 0 (black) to 1 (white)
@@ -119,7 +119,8 @@ class Attention(nn.Module):
 
     Each token has a query (what it looks for), a key (what it is found by) and a value
     (what it passes on). It receives the average of all values, weighted by how well its
-    query matches each key.
+    query matches each key. Several heads do this in parallel, so that a token can look
+    for several things at once.
 
     Raises ValueError if n_heads does not divide embed_dim.
     """
@@ -137,8 +138,8 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x):
         """Return queries, keys and values: (B, T, D) -> each (B, h, T, D/h)."""
-        # Each head has its own set, so that a token can look for h things at once. One
-        # layer computes all sets: h queries, then h keys, then h values.
+        # One linear layer computes them for all heads: h queries of D/h numbers, then h
+        # keys, then h values.
         x = self.qkv(x)  # (B, T, 3D)
         x = x.unflatten(2, (3 * self.n_heads, -1))  # (B, T, 3h, D/h)
         x = x.transpose(1, 2)  # (B, 3h, T, D/h)
@@ -155,17 +156,16 @@ class Attention(nn.Module):
         # D/h, the number of its terms; dividing by sqrt(D/h) undoes that. Otherwise,
         # softmax would pick a single token and leave almost no gradient.
         q = q / math.sqrt(q.shape[3])
-        scores = q @ k.transpose(2, 3)  # (B, h, T, T)
+        scores = q @ k.transpose(2, 3)
         return scores.softmax(dim=3)
 
     def forward(self, x):
-        # The same as attention_weights(x) @ v, but faster: it never stores the T x T
-        # weights.
+        # The same as attention_weights(x) @ v, but faster: without storing the weights.
         q, k, v = self.queries_keys_values(x)
         x = F.scaled_dot_product_attention(q, k, v)
 
         # Join the heads; proj combines what they have found.
-        x = x.transpose(1, 2).flatten(2)
+        x = x.transpose(1, 2).flatten(2)  # (B, T, D)
         return self.dropout(self.proj(x))
 
 
@@ -212,7 +212,7 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Classify images: (B, in_channels, img_size, img_size) -> logits (B, num_classes).
 
-    With num_classes=0 there is no head: the result is the class token (B, embed_dim).
+    With num_classes=0 there is no head: it returns the class token (B, embed_dim).
 
     The defaults give ViT-B/16, the paper's base model. Parameters are named as in the
     library timm, whose plain ViT checkpoints load unchanged.
@@ -237,8 +237,8 @@ class VisionTransformer(nn.Module):
             img_size, patch_size, in_channels=in_channels, embed_dim=embed_dim
         )
 
-        # The class token starts as the same vector for every image. Block by block, it
-        # gathers what the head needs.
+        # The class token enters the blocks as the same vector for every image, and
+        # gathers there what the head needs.
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
 
         # Attention, a weighted average, ignores order, so we add a learned position
@@ -254,7 +254,7 @@ class VisionTransformer(nn.Module):
         ]
         self.blocks = nn.Sequential(*blocks)
 
-        # Tokens grow as blocks add to them: normalize once more.
+        # Tokens grow from block to block: normalize once more.
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
@@ -276,7 +276,10 @@ class VisionTransformer(nn.Module):
         return self.head(tokens[:, 0])  # [CLS] alone
 
     def attention_maps(self, images):
-        """Return all attention weights: (B, C, H, W) -> (B, depth, h, T, T)."""
+        """Return all attention weights: (B, C, H, W) -> (B, depth, h, T, T).
+
+        Call eval() first, or dropout changes them.
+        """
         maps = []
         x = self.embed(images)
         for block in self.blocks:
@@ -314,7 +317,7 @@ def augment(images):
     noise = torch.empty(images.shape[0], 2, 3).uniform_(-0.15, 0.15)
     matrix = torch.eye(2, 3) + noise
 
-    # Positions need float32, even if images do not.
+    # Half precision would be too coarse for positions.
     images = images.float()
     sources = F.affine_grid(matrix.to(images), images.shape, align_corners=False)
     return F.grid_sample(images, sources, align_corners=False)
@@ -384,8 +387,8 @@ def train(
 ):
     """Train the model in place, on its device; return the loss of each step.
 
-    loader, test_loader: batches of (images, labels); loader must support len(). Bright
-    images train slowly unless they are normalized.
+    loader, test_loader: batches of (images, labels); loader must support len(). Images
+    should be normalized, although MNIST does without.
     lr: peak learning rate, such as 5e-3 for a small model, 1e-4 for a pretrained one.
     transform: a function applied to the images of each training batch.
 
@@ -435,7 +438,7 @@ def train(
             optimizer.zero_grad()
             loss.backward()
 
-            # Update parameters and learning rate.
+            # Update.
             optimizer.step()
             scheduler.step()
 
@@ -462,11 +465,11 @@ def train(
 
 @torch.no_grad()
 def draw_results(model, images, labels, losses):
-    """Return a picture of 16 digits, the attention of [CLS] to them, and the losses.
+    """Return a picture of 16 digits, the attention of [CLS], and the losses.
 
-    Expects a model in eval mode and images from 0 to 1, on the CPU.
+    Expects eval mode, and images from 0 to 1, on the CPU.
     """
-    # Choose the first eight digits, and the eight with the highest loss.
+    # The first eight digits, and the eight with the highest loss.
     logits = model(images)
     worst = F.cross_entropy(logits, labels, reduction="none").topk(8).indices
     chosen = torch.cat([torch.arange(8), worst])
@@ -477,7 +480,7 @@ def draw_results(model, images, labels, losses):
     n_rows = math.isqrt(attention.shape[1])
     attention = attention.unflatten(1, (1, n_rows, n_rows))
 
-    # The more attention, the more orange; the square root makes a little visible. White
+    # The more attention, the more orange; the root makes weak attention visible. White
     # lines separate the patches.
     digits = F.interpolate(images[chosen], 112)
     opacity = F.interpolate(attention.sqrt(), 112)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-from helpers import TINY_SIZES, make_model
+from helpers import make_model
 from torch.testing import assert_close
 
 import vit
@@ -14,25 +14,22 @@ import vit
 IMAGES = torch.rand(3, 1, 28, 28)
 TOKENS = torch.randn(3, 17, 24)
 
-# timm's name of a model; its classes, embedding dimension and heads.
-TIMM_MODELS = [
-    ("vit_tiny_patch16_224", 1000, 192, 3),
-    ("deit_small_patch16_224", 1000, 384, 6),
-    ("vit_small_patch16_224.dino", 0, 384, 6),
-]
+TIMM_MODELS = {
+    "vit_tiny_patch16_224": {"embed_dim": 192, "n_heads": 3},
+    "deit_small_patch16_224": {"embed_dim": 384, "n_heads": 6},
+    "vit_small_patch16_224.dino": {"embed_dim": 384, "n_heads": 6, "num_classes": 0},
+}
 
 
-@pytest.mark.parametrize("name, num_classes, embed_dim, n_heads", TIMM_MODELS)
+@pytest.mark.parametrize("name", TIMM_MODELS)
 @torch.no_grad()
-def test_timm_checkpoint_gives_the_same(name, num_classes, embed_dim, n_heads):
+def test_timm_checkpoint_gives_the_same(name):
     # Catches a parameter of another name, another epsilon or GELU, and features before
-    # the last LayerNorm. No parameter may be 0 or 1, or a mistake in it could be missed.
-    theirs = timm.create_model(name, num_classes=num_classes).eval()
+    # the last LayerNorm. No parameter may be 0 or 1, or a mistake in it may hide.
+    theirs = timm.create_model(name).eval()
     for parameter in theirs.parameters():
         parameter += 0.05 * torch.randn(parameter.shape)
-    ours = vit.VisionTransformer(
-        num_classes=num_classes, embed_dim=embed_dim, n_heads=n_heads
-    ).eval()
+    ours = vit.VisionTransformer(**TIMM_MODELS[name]).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
 
     # Rounding makes at most 4e-6, another GELU or epsilon at least 7e-4.
@@ -45,10 +42,10 @@ def test_timm_checkpoint_gives_the_same(name, num_classes, embed_dim, n_heads):
 def test_defaults_are_those_of_timm():
     # Catches another default size: timm's are those of ViT-B/16.
     theirs = inspect.signature(timm.models.VisionTransformer).parameters
-    their_names = {"in_channels": "in_chans", "n_heads": "num_heads"}
-    their_names["dropout"] = "drop_rate"
+    renamed = {"in_channels": "in_chans", "n_heads": "num_heads"}
+    renamed["dropout"] = "drop_rate"
     for name, ours in inspect.signature(vit.VisionTransformer).parameters.items():
-        assert ours.default == theirs[their_names.get(name, name)].default
+        assert ours.default == theirs[renamed.get(name, name)].default
 
 
 def test_qkv_bias_can_be_left_out():
@@ -103,33 +100,25 @@ def test_attention_maps_from_four_threads():
     assert all(map(torch.equal, maps, map(model.attention_maps, batches)))
 
 
-class Maps(torch.nn.Module):
-    """A model whose forward is attention_maps."""
-
-    def __init__(self, **sizes):
-        super().__init__()
-        self.model = vit.VisionTransformer(**sizes)
-
-    def forward(self, images):
-        return self.model.attention_maps(images)
+@pytest.fixture(params=["forward", "attention_maps"])
+def model(request):
+    """Return the tiny model, which computes logits, or one that computes maps."""
+    model = make_model().eval()
+    model.forward = getattr(model, request.param)
+    return model
 
 
-@pytest.mark.parametrize("kind", [vit.VisionTransformer, Maps])
-def test_compiles_as_one_graph(kind):
+def test_compiles_as_one_graph(model):
     # Catches Python that torch.compile cannot follow. aot_eager: without machine code,
     # which takes 20 seconds and has no part in that.
-    model = kind(**TINY_SIZES).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(compiled(IMAGES), model(IMAGES))
 
 
-@pytest.mark.parametrize("kind", [vit.VisionTransformer, Maps])
-def test_exports_for_batches_of_any_size(kind):
+def test_exports_for_batches_of_any_size(model):
     # Catches a batch size that is read as a Python number, such as len(images).
-    model = kind(**TINY_SIZES).eval()
     batch = torch.export.Dim("batch")
-    program = torch.export.export(
-        model, (IMAGES[:2],), dynamic_shapes=({0: batch},)
-    ).module()
+    program = torch.export.export(model, (IMAGES[:2],), dynamic_shapes=({0: batch},))
+    exported = program.module()
     for n in (1, 3):
-        assert_close(program(IMAGES[:n]), model(IMAGES[:n]))
+        assert_close(exported(IMAGES[:n]), model(IMAGES[:n]))

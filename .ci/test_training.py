@@ -17,12 +17,9 @@ import vit
 def make_batches(n_batches=3, size=6):
     """Return batches of random images and labels, the same in each test."""
     torch.manual_seed(1)
-    batches = []
-    for _ in range(n_batches):
-        images = torch.rand(size, 1, 28, 28)
-        labels = torch.randint(10, (size,))
-        batches.append((images, labels))
-    return batches
+    images = torch.rand(n_batches, size, 1, 28, 28)
+    labels = torch.randint(10, (n_batches, size))
+    return list(zip(images, labels, strict=True))
 
 
 def train(batches, epochs=1, lr=0.01, **options):
@@ -31,8 +28,8 @@ def train(batches, epochs=1, lr=0.01, **options):
 
 
 def test_printed_line_has_loss_accuracy_and_speed(capsys, monkeypatch):
-    # Catches the mean of other steps, an accuracy of other batches, of augmented ones or
-    # of the time before, and another count or time in the speed.
+    # Catches the mean of other steps, an accuracy of other batches or of another time,
+    # and another count or time in the speed.
     seconds = iter([0, 2, 10, 13])
     clock = SimpleNamespace(perf_counter=lambda: next(seconds))
     monkeypatch.setattr(vit, "time", clock)
