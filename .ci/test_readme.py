@@ -47,7 +47,7 @@ def test_own_images_and_pretrained_weights(tmp_path):
     assert "ImageNet class" in run(tmp_path, pretrained, "pretrained.py")
 
     # Fewer epochs are enough to see that both scripts run.
-    own = recipe("Your own images").replace("epochs, lr = 60", "epochs, lr = 2")
+    own = recipe("Your own images").replace("epochs, lr = 100", "epochs, lr = 2")
     tuned = re.search(r"(from pretrained .*?lr = .*?\n)", README, re.DOTALL)[1]
     first, rest = own.index("prepare ="), own.index("photos =")
     for code in (own, own[:first] + tuned.replace("5, 1e-4", "1, 1e-4") + own[rest:]):
@@ -55,7 +55,7 @@ def test_own_images_and_pretrained_weights(tmp_path):
         assert "60 images of ['tall', 'wide']" in output
         assert re.search(r"(tall|wide) \(\d+%\)\n$", output)
         saved = torch.load(tmp_path / "photos.pt")
-        model = vit.VisionTransformer(**saved["sizes"], num_classes=2)
+        model = vit.VisionTransformer(**saved["sizes"])
         model.load_state_dict(saved["weights"])
 
     larger = recipe("Another image size") + "print(model(torch.rand(1, 3, 384, 384)))"

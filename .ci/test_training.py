@@ -30,34 +30,36 @@ def train(batches, epochs=1, lr=0.01, **options):
 def test_printed_line_has_loss_accuracy_and_speed(capsys, monkeypatch):
     # Catches the mean of other steps, an accuracy of other batches or of another time,
     # and another count or time in the speed.
-    seconds = iter([0, 2, 10, 13])
-    clock = SimpleNamespace(perf_counter=lambda: next(seconds))
-    monkeypatch.setattr(vit, "time", clock)
+    # One batch takes one second.
     model = make_model()
-    batches = make_batches()
+    calls = []
+    model.register_forward_hook(lambda module, inputs, output: calls.append(output))
+    clock = SimpleNamespace(perf_counter=lambda: len(calls))
+    monkeypatch.setattr(vit, "time", clock)
     test_batches = make_batches(1, size=5)
     options = {"test_loader": test_batches, "transform": torch.neg}
-    losses = vit.train(model, batches, 2, 0.01, **options)
+    losses = vit.train(model, make_batches(), 2, 0.01, **options)
 
     out = capsys.readouterr().out
     printed = [float(text) for text in re.findall(r"loss (\S+),", out)]
     means = [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
     assert printed == pytest.approx(means, abs=1e-4)
     accuracy = vit.evaluate(model, test_batches)
-    assert f"test accuracy {accuracy:.2%}, 6 images/s\n" in out  # 18 in 3 s
-    assert re.findall(r"(\S+) images/s", out) == ["9", "6"]
+    assert out.endswith(f"test accuracy {accuracy:.2%}, 6 images/s\n")
     assert {type(loss) for loss in losses} == {float}  # a tensor would keep its graph
 
 
-@pytest.mark.parametrize("pixel", [math.nan, math.inf])
-def test_one_bad_pixel_ends_the_training(pixel):
+@pytest.mark.parametrize("logit", [0, -math.inf])
+def test_loss_that_is_not_finite_ends_the_training(logit):
     # Catches an error that comes late, destroys the model, or blames the rate alone.
     model = make_model()
-    batches = make_batches()
-    batches[1][0][0, 0, 0, 0] = pixel
+    model.head.bias.data[0] = logit
+    images = torch.rand(2, 6, 1, 28, 28)
+    images[1, 0, 0, 0, 0] = math.nan
+    batches = [(batch, torch.zeros(6).long()) for batch in images]
     with pytest.raises(FloatingPointError, match="epoch 1: lower .* non-finite images"):
         vit.train(model, batches, epochs=1, lr=0.01)
-    assert all(p.isfinite().all() for p in model.parameters())
+    assert not any(p.isnan().any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("stream", [None, SimpleNamespace(write=len, flush=int)])
@@ -114,12 +116,14 @@ def test_evaluate_keeps_no_graph_and_no_dropout():
 
 
 def test_load_mnist_reads_the_files(tmp_path):
-    # Catches values up to 255, a missing channel, another order, and swapped sets.
+    # Catches values up to 255, a missing channel, another order, and swapped sets; and
+    # synthetic digits, of which the files are made, without augmentation.
     raw = tmp_path / "MNIST" / "raw"
     write_mnist(raw)
     train_set, test_set = vit.load_mnist(tmp_path)
     assert len(test_set) == 60
     images, labels = train_set.tensors
+    assert len(images.unique(dim=0)) == 240
 
     # The files again, by hand: the data starts after 16 and 8 bytes.
     pixels = (raw / "train-images-idx3-ubyte").read_bytes()[16:]
