@@ -22,11 +22,6 @@ def make_batches(n_batches=3, size=6):
     return list(zip(images, labels, strict=True))
 
 
-def train(batches, epochs=1, lr=0.01, **options):
-    """Train the tiny model; return the losses."""
-    return vit.train(make_model(), batches, epochs, lr, **options)
-
-
 def test_printed_line_has_loss_accuracy_and_speed(capsys, monkeypatch):
     # Catches the mean of other steps, an accuracy of other batches or of another time,
     # and another count or time in the speed.
@@ -66,7 +61,7 @@ def test_loss_that_is_not_finite_ends_the_training(logit):
 def test_output_that_is_not_a_stream(stream, monkeypatch):
     # Catches a question to sys.stdout that not every object can answer.
     monkeypatch.setattr(sys, "stdout", stream)
-    assert len(train(make_batches())) == 3
+    assert len(vit.train(make_model(), make_batches(), epochs=1, lr=0.01)) == 3
 
 
 class ShortLoader(list):
@@ -78,7 +73,8 @@ class ShortLoader(list):
 
 def test_loader_with_fewer_batches_than_its_length():
     # Catches losses of steps that were never taken.
-    assert len(train(ShortLoader(make_batches(2)), epochs=2)) == 4
+    loader = ShortLoader(make_batches(2))
+    assert len(vit.train(make_model(), loader, epochs=2, lr=0.01)) == 4
 
 
 def test_evaluate_counts_images_not_batches():
