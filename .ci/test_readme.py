@@ -131,7 +131,6 @@ def test_two_processes(tmp_path):
 
 
 def test_bfloat16_line_fits():
-    # The README says which line of train to replace, and with what.
     line = re.search(r"with torch\.autocast\(.*?\): (.*?)\.float\(\)", README)[1]
     assert f"\n            {line}\n" in (ROOT / "vit.py").read_text()
 
@@ -155,7 +154,6 @@ def test_printed_run_and_options(tmp_path, monkeypatch, capsys):
 
 
 def test_lists_of_packages_agree():
-    # Those of vit.py, for uv, of requirements.txt, and the oldest in the README.
     header = re.search(r"# dependencies = \[(.*)\]", (ROOT / "vit.py").read_text())[1]
     packages = (ROOT / "requirements.txt").read_text().split()
     assert re.findall(r'"(.*?)"', header) + ["pytest>=8"] == packages
