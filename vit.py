@@ -237,8 +237,8 @@ class VisionTransformer(nn.Module):
             img_size, patch_size, in_channels=in_channels, embed_dim=embed_dim
         )
 
-        # The class token enters the blocks as the same vector for every image, and
-        # gathers there what the head needs.
+        # The class token enters the blocks as the same vector for every image. There it
+        # gathers what the head needs.
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
 
         # Attention, a weighted average, ignores order, so we add a learned position
@@ -262,7 +262,7 @@ class VisionTransformer(nn.Module):
         """Turn images into tokens, [CLS] first: (B, C, H, W) -> (B, T, D)."""
         patches = self.patch_embed(images)  # (B, N, D)
         cls_token = self.cls_token.expand(images.shape[0], -1, -1)  # (B, 1, D)
-        x = torch.cat([cls_token, patches], dim=1)  # (B, T, D)
+        x = torch.cat([cls_token, patches], dim=1)
         return self.dropout(x + self.pos_embed)
 
     def forward_features(self, images):
@@ -474,9 +474,9 @@ def draw_results(model, images, labels, losses):
     worst = F.cross_entropy(logits, labels, reduction="none").topk(8).indices
     chosen = torch.cat([torch.arange(8), worst])
 
-    # Average over heads how much [CLS], token 0, attends to patches in the last block.
+    # How much [CLS], token 0, attends to each patch in the last block.
     maps = model.attention_maps(images[chosen])  # (16, depth, h, T, T)
-    attention = maps[:, -1, :, 0, 1:].mean(dim=1)  # (16, T - 1)
+    attention = maps[:, -1, :, 0, 1:].mean(dim=1)  # (16, N)
     n_rows = math.isqrt(attention.shape[1])
     attention = attention.unflatten(1, (1, n_rows, n_rows))
 
@@ -489,6 +489,7 @@ def draw_results(model, images, labels, losses):
     digits[:, :, :: 112 // n_rows] = 1
     digits[..., :: 112 // n_rows] = 1
 
+    # Two rows, with text above each digit.
     grid = make_grid(digits, padding=20, pad_value=1)
     picture = to_pil_image(F.pad(grid, (0, 0, 0, 196), value=1))
     canvas = ImageDraw.Draw(picture)
@@ -496,6 +497,7 @@ def draw_results(model, images, labels, losses):
         place = 20 + 132 * (i % 8), 6 + 132 * (i // 8)
         canvas.text(place, f"{labels[index]} read as {logits[index].argmax()}", "black")
 
+    # The loss curve.
     x = torch.linspace(20, 1056, len(losses))
     y = 460 - 150 * torch.tensor(losses) / max(losses)
     canvas.line(list(zip(x, y)), "steelblue")
@@ -550,8 +552,8 @@ def main():
     )
     accuracy = evaluate(model, test_loader)
 
-    # Results. Each is first written under a temporary name, so a failure leaves an
-    # earlier one intact. Weights saved from the CPU load anywhere.
+    # Results. Each is written under a temporary name, so a failure leaves an earlier
+    # one intact. Weights saved from the CPU load anywhere.
     name = "mnist" if data == "MNIST" else "synthetic"
     part = options.out_dir / f"{name}.part"
     model_path = options.out_dir / f"{name}.pt"
