@@ -44,13 +44,13 @@ def test_printed_line_has_loss_accuracy_and_speed(capsys, monkeypatch):
     assert {type(loss) for loss in losses} == {float}  # a tensor would keep its graph
 
 
-@pytest.mark.parametrize("logit", [0, -math.inf])
-def test_loss_that_is_not_finite_ends_the_training(logit):
+@pytest.mark.parametrize("logit, pixel", [(0, math.nan), (-math.inf, 0)])
+def test_loss_that_is_not_finite_ends_the_training(logit, pixel):
     # Catches an error that comes late, destroys the model, or blames the rate alone.
     model = make_model()
     model.head.bias.data[0] = logit
     images = torch.rand(2, 6, 1, 28, 28)
-    images[1, 0, 0, 0, 0] = math.nan
+    images[1, 0, 0, 0, 0] = pixel
     batches = [(batch, torch.zeros(6).long()) for batch in images]
     with pytest.raises(FloatingPointError, match="epoch 1: lower .* non-finite images"):
         vit.train(model, batches, epochs=1, lr=0.01)
