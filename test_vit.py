@@ -91,7 +91,7 @@ def test_errors_name_what_is_wrong():
         make_model(patch_size=5)
     with pytest.raises(ValueError, match="n_heads .* 5 and 64"):
         make_model(n_heads=5)
-    with pytest.raises(ValueError, match=r"28 x 28 .* \(32, 1, 28, 27\)"):
+    with pytest.raises(ValueError, match=r"is 28, .* \(32, 1, 28, 27\)"):
         make_model()(IMAGES[..., 1:])
 
     # After one step with such a weight decay, the weights overflow.

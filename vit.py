@@ -43,9 +43,8 @@ from torchvision.datasets import MNIST
 from torchvision.transforms.functional import to_pil_image, to_tensor
 from torchvision.utils import make_grid
 
+
 # --- Hyperparameters ------------------------------------------------------------------
-
-
 def parse_options():
     """Return the command-line options."""
     parser = argparse.ArgumentParser(
@@ -82,8 +81,6 @@ def parse_options():
 
 
 # --- Model ----------------------------------------------------------------------------
-
-
 class PatchEmbed(nn.Module):
     """Cut images into patches and turn each into a token: (B, C, H, W) -> (B, N, D).
 
@@ -105,8 +102,7 @@ class PatchEmbed(nn.Module):
     def forward(self, images):
         if images.shape[2:] != (self.img_size, self.img_size):
             raise ValueError(
-                f"expected images of {self.img_size} x {self.img_size} pixels, "
-                f"got shape {tuple(images.shape)}"
+                f"img_size is {self.img_size}, got images {tuple(images.shape)}"
             )
 
         x = self.proj(images)  # (B, D, H/P, W/P)
@@ -120,9 +116,7 @@ class Attention(nn.Module):
     Each token has a query (what it looks for), a key (what it is found by) and a value
     (what it passes on). It receives the average of all values, weighted by how well its
     query matches each key. Several heads do this in parallel, so that a token can look
-    for several things at once.
-
-    Raises ValueError if n_heads does not divide embed_dim.
+    for several things at once. Raises ValueError if n_heads does not divide embed_dim.
     """
 
     def __init__(self, embed_dim, n_heads, qkv_bias, dropout):
@@ -146,10 +140,7 @@ class Attention(nn.Module):
         return x.chunk(3, dim=1)
 
     def attention_weights(self, x):
-        """Return how much each token attends to every token: (B, T, D) -> (B, h, T, T).
-
-        Each row, the weights of one query, sums to 1.
-        """
+        """Return how much each token attends to each: (B, T, D) -> (B, h, T, T)."""
         q, k, _ = self.queries_keys_values(x)
 
         # A query and a key that match have a large dot product. Its variance grows with
@@ -157,7 +148,7 @@ class Attention(nn.Module):
         # softmax would pick a single token and leave almost no gradient.
         q = q / math.sqrt(q.shape[3])
         scores = q @ k.transpose(2, 3)
-        return scores.softmax(dim=3)
+        return scores.softmax(dim=3)  # the weights of each query sum to 1
 
     def forward(self, x):
         # The same as attention_weights(x) @ v, but faster: without storing the weights.
@@ -213,7 +204,6 @@ class VisionTransformer(nn.Module):
     """Classify images: (B, in_channels, img_size, img_size) -> logits (B, num_classes).
 
     With num_classes=0 there is no head: it returns the class token (B, embed_dim).
-
     The defaults give ViT-B/16, the paper's base model. Parameters are named as in the
     library timm, whose plain ViT checkpoints load unchanged.
     """
@@ -276,10 +266,7 @@ class VisionTransformer(nn.Module):
         return self.head(tokens[:, 0])  # [CLS] alone
 
     def attention_maps(self, images):
-        """Return all attention weights: (B, C, H, W) -> (B, depth, h, T, T).
-
-        Call eval() first, or dropout changes them.
-        """
+        """In eval mode, return all attention weights: images -> (B, depth, h, T, T)."""
         maps = []
         x = self.embed(images)
         for block in self.blocks:
@@ -289,8 +276,6 @@ class VisionTransformer(nn.Module):
 
 
 # --- Data -----------------------------------------------------------------------------
-
-
 def load_mnist(folder):
     """Return MNIST's training set and test set, downloaded to folder if necessary.
 
@@ -348,34 +333,25 @@ def load_digits(folder):
         offline = isinstance(error, (RuntimeError, ConnectionError, TimeoutError))
         if not offline or any(Path(folder, "MNIST/raw").glob("*ubyte*")):
             raise RuntimeError(
-                "cannot load MNIST: expected train-images-idx3-ubyte.gz and the three "
-                f"other archives, intact, in {folder}/MNIST/raw, but got {error!r}; "
-                "delete damaged or unpacked files there"
+                "cannot load MNIST: expected train-images-idx3-ubyte.gz and companions "
+                f"in {folder}/MNIST/raw (delete damaged files there), got {error!r}"
             ) from error
-        print(
-            f"{error}\nNo MNIST in {folder}: using synthetic digits.", file=sys.stderr
-        )
+        print(f"{error}\nNo MNIST in {folder}: synthetic digits", file=sys.stderr)
 
     datasets = make_synthetic_digits(10_000), make_synthetic_digits(2_000)
     return "synthetic digits", *datasets
 
 
 # --- Training -------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def evaluate(model, loader):
-    """Return the accuracy, from 0 to 1, on batches of (images, labels).
-
-    Leaves the model in eval mode.
-    """
+    """Set eval mode; return the accuracy, 0 to 1, on batches of (images, labels)."""
     device = next(model.parameters()).device
     model.eval()  # dropout off
 
     correct = []
     for images, labels in loader:
         predictions = model(images.to(device)).argmax(dim=1).to(labels.device)
-
         # view_as refuses labels of another shape, which == would broadcast.
         hits = predictions.view_as(labels) == labels
         correct += hits.flatten().tolist()
@@ -421,7 +397,7 @@ def train(
         for images, labels in loader:
             images = images.to(device)
             labels = labels.to(device)
-            if transform is not None:
+            if transform:
                 images = transform(images)
 
             # Forward: compute the logits and the loss, the mean of -log(p), where p is
@@ -449,20 +425,16 @@ def train(
 
         losses += epoch_losses
         speed = n_images / (time.perf_counter() - start)
-        report = (
-            f"epoch {epoch + 1}/{epochs}: loss {statistics.fmean(epoch_losses):.4f}"
-        )
+        line = f"epoch {epoch + 1}/{epochs}: loss {statistics.fmean(epoch_losses):.4f}"
         if test_loader is not None:
-            report += f", test accuracy {evaluate(model, test_loader):.2%}"
-        print(f"{report}, {speed:,.0f} images/s", flush=True)
+            line += f", test accuracy {evaluate(model, test_loader):.2%}"
+        print(f"{line}, {speed:,.0f} images/s", flush=True)
 
     model.eval()
     return losses
 
 
 # --- Picture --------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def draw_results(model, images, labels, losses):
     """Return a picture of 16 digits, the attention of [CLS], and the losses.
@@ -502,16 +474,12 @@ def draw_results(model, images, labels, losses):
     y = 460 - 150 * torch.tensor(losses) / max(losses)
     canvas.line(list(zip(x, y)), "steelblue")
     canvas.rectangle((20, 310, 1056, 460), outline="gray")
-    text = f"curve: training loss over {len(losses)} steps, from 0 to {max(losses):.2f}"
-    canvas.text(
-        (20, 286), f"orange: attention of [CLS] in the last block; {text}", "black"
-    )
+    canvas.text((20, 286), "orange: attention of [CLS] in the last block", "black")
+    canvas.text((20, 464), f"loss, {len(losses)} steps, max {max(losses):.2f}", "black")
     return picture
 
 
 # --- Command --------------------------------------------------------------------------
-
-
 def main():
     options = parse_options()
     torch.manual_seed(options.seed)
@@ -559,11 +527,10 @@ def main():
     model_path = options.out_dir / f"{name}.pt"
     picture_path = options.out_dir / f"{name}.png"
     print(f"writing {model_path} and {picture_path}")
-
     torch.save({"sizes": sizes, "weights": model.cpu().state_dict()}, part)
     part.replace(model_path)
 
-    images, labels = next(iter(test_loader))
+    images, labels = test_set[:1000]
     draw_results(model, images, labels, losses).save(part, "PNG")
     part.replace(picture_path)
     print(f"{data} test accuracy: {accuracy:.2%}")
