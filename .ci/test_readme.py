@@ -48,7 +48,7 @@ def test_own_images_and_pretrained_weights(tmp_path):
 
     # Fewer epochs are enough to see that both scripts run.
     own = recipe("Your own images").replace("epochs, lr = 100", "epochs, lr = 2")
-    tuned = re.search(r"(from pretrained .*?lr = .*?\n)", README, re.DOTALL)[1]
+    tuned = re.search(r"(from pretrained import .*?lr = .*?\n)", README, re.DOTALL)[1]
     first, rest = own.index("prepare ="), own.index("photos =")
     for code in (own, own[:first] + tuned.replace("5, 1e-4", "1, 1e-4") + own[rest:]):
         output = run(tmp_path, code)
