@@ -103,7 +103,7 @@ def test_load_reads_any_picture(tmp_path):
         assert loaded.getpixel((35, 5)) == (right, right, right)
 
     Image.new("I;16", (40, 20)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="deep.png: expected 8 bits"):
+    with pytest.raises(ValueError, match="deep.png: save it with 8 bits"):
         namespace["load"](tmp_path / "deep.png")
 
 
