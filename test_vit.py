@@ -100,7 +100,7 @@ def test_errors_name_what_is_wrong():
 
 
 def test_train_matches_a_plain_loop(pair):
-    # Catches another optimizer, schedule, loss, order or dropout, and dropout that stays
+    # Catches another optimizer, schedule, loss, order or dropout, and dropout that is
     # off after an evaluation. torch.neg is a stand-in for augment.
     model, reference = pair
     batch = image, label = torch.rand(1, 3, 28, 28).double(), LABELS[:1]
