@@ -137,7 +137,7 @@ class Attention(nn.Module):
         x = self.qkv(x)  # (B, T, 3D)
         x = x.unflatten(2, (3 * self.n_heads, -1))  # (B, T, 3h, D/h)
         x = x.transpose(1, 2)  # (B, 3h, T, D/h)
-        return x.chunk(3, dim=1)
+        return x.chunk(3, dim=1)  # each (B, h, T, D/h)
 
     def attention_weights(self, x):
         """Return how much each token attends to each: (B, T, D) -> (B, h, T, T)."""
@@ -151,7 +151,7 @@ class Attention(nn.Module):
         return scores.softmax(dim=3)  # the weights of each query sum to 1
 
     def forward(self, x):
-        # The same as attention_weights(x) @ v, but faster: without storing the weights.
+        # This is attention_weights(x) @ v, scale included, without storing the weights.
         q, k, v = self.queries_keys_values(x)
         x = F.scaled_dot_product_attention(q, k, v)
 
@@ -296,9 +296,9 @@ def augment(images):
 
     New variants in each epoch are harder to memorize.
     """
-    # A matrix maps each position (x, y, 1) in the result to its source in the image; x
-    # and y run from -1 to 1. The identity changes nothing; noise in the last column
-    # shifts, in the others rotates, scales and shears.
+    # A 2 x 3 matrix maps each position (x, y, 1) in the result to its source in the
+    # image; x and y run from -1 to 1. The identity changes nothing; noise in the last
+    # column shifts, in the others rotates, scales and shears.
     noise = torch.empty(images.shape[0], 2, 3).uniform_(-0.15, 0.15)
     matrix = torch.eye(2, 3) + noise
 
