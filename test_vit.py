@@ -70,7 +70,8 @@ def test_logits_match_torchvision(pair):
 
 
 def test_attention_maps_match_torchvision(pair):
-    # Catches attention_weights that differ from what forward uses, or of another block.
+    # Catches attention_weights that differ from what forward uses, and maps of another
+    # block.
     model, reference = pair
     images = torch.rand(5, 3, 28, 28).double()
     maps = model.attention_maps(images)
@@ -94,14 +95,14 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"is 28, .* \(32, 1, 28, 27\)"):
         make_model()(IMAGES[..., 1:])
 
-    # After one step with such a weight decay, the weights overflow.
+    # After one step with such a weight decay, the logits overflow.
     with pytest.raises(FloatingPointError, match="nan in epoch 2"):
         vit.train(make_model(), [BATCH], epochs=2, lr=1, weight_decay=1e30)
 
 
 def test_train_matches_a_plain_loop(pair):
-    # Catches another optimizer, schedule, loss, order or dropout, and dropout that is
-    # off after an evaluation. torch.neg is a stand-in for augment.
+    # Catches another optimizer, schedule, loss, step order or dropout, and dropout that
+    # is off after an evaluation. torch.neg is a stand-in for augment.
     model, reference = pair
     batch = image, label = torch.rand(1, 3, 28, 28).double(), LABELS[:1]
     torch.manual_seed(0)

@@ -84,7 +84,7 @@ def parse_options():
 class PatchEmbed(nn.Module):
     """Cut images into patches and turn each into a token: (B, C, H, W) -> (B, N, D).
 
-    Raises ValueError if patch_size does not divide img_size, or H or W is not img_size.
+    Raises ValueError unless patch_size divides img_size and H = W = img_size.
     """
 
     def __init__(self, img_size, patch_size, in_channels, embed_dim):
@@ -143,9 +143,9 @@ class Attention(nn.Module):
         """Return how much each token attends to each: (B, T, D) -> (B, h, T, T)."""
         q, k, _ = self.queries_keys_values(x)
 
-        # A query and a key that match have a large dot product. Its variance grows with
-        # D/h, the number of its terms; dividing by sqrt(D/h) undoes that. Otherwise,
-        # softmax would pick a single token and leave almost no gradient.
+        # If a query and a key match, their dot product is large. Variance grows with
+        # D/h, the number of terms; dividing by sqrt(D/h) undoes that. Otherwise,
+        # softmax could pick a single token and leave almost no gradient.
         q = q / math.sqrt(q.shape[3])
         scores = q @ k.transpose(2, 3)
         return scores.softmax(dim=3)  # the weights of each query sum to 1
@@ -266,7 +266,7 @@ class VisionTransformer(nn.Module):
         return self.head(tokens[:, 0])  # [CLS] alone
 
     def attention_maps(self, images):
-        """In eval mode, return all attention weights: images -> (B, depth, h, T, T)."""
+        """Return attention weights (needs eval mode): images -> (B, depth, h, T, T)."""
         maps = []
         x = self.embed(images)
         for block in self.blocks:
@@ -298,7 +298,7 @@ def augment(images):
     """
     # A 2 x 3 matrix maps each position (x, y, 1) in the result to its source in the
     # image; x and y run from -1 to 1. The identity changes nothing; noise in the last
-    # column shifts, in the others rotates, scales and shears.
+    # column shifts; elsewhere it rotates, scales and shears.
     noise = torch.empty(images.shape[0], 2, 3).uniform_(-0.15, 0.15)
     matrix = torch.eye(2, 3) + noise
 
@@ -352,7 +352,7 @@ def evaluate(model, loader):
     correct = []
     for images, labels in loader:
         predictions = model(images.to(device)).argmax(dim=1).to(labels.device)
-        # view_as refuses labels of another shape, which == would broadcast.
+        # view_as keeps == from broadcasting labels of another shape.
         hits = predictions.view_as(labels) == labels
         correct += hits.flatten().tolist()
     return statistics.fmean(correct)
@@ -521,7 +521,7 @@ def main():
     accuracy = evaluate(model, test_loader)
 
     # Results. Each is written under a temporary name, so a failure leaves an earlier
-    # one intact. Weights saved from the CPU load anywhere.
+    # one intact. Saved from the CPU, weights load anywhere.
     name = "mnist" if data == "MNIST" else "synthetic"
     part = options.out_dir / f"{name}.part"
     model_path = options.out_dir / f"{name}.pt"
