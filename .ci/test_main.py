@@ -121,14 +121,15 @@ def test_files_of_another_name_are_refused(run):
 def test_silent_server_does_not_hang_the_run(run, monkeypatch, capsys):
     # Catches a download without a time limit, a fallback that does not say why, and
     # results of synthetic digits under the name of MNIST.
-    for path in RAW.iterdir():
-        path.unlink()
-    set_timeout = socket.setdefaulttimeout
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda s: set_timeout(s / 20))
+    RAW.rename("elsewhere")
+    socket.setdefaulttimeout(1)
+    seconds = []
+    monkeypatch.setattr(socket, "setdefaulttimeout", seconds.append)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         monkeypatch.setattr(vit.MNIST, "mirrors", [address])
         assert run() == ["synthetic.png", "synthetic.pt"]
+    assert seconds == [20]
     out, error = capsys.readouterr()
     assert "timed out\nNo MNIST in data: synthetic digits" in error
     assert "\nsynthetic digits test accuracy: " in out

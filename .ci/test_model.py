@@ -42,10 +42,9 @@ def test_timm_checkpoint_gives_the_same(name):
 def test_defaults_are_those_of_timm():
     # Catches another default size: timm's are those of ViT-B/16.
     theirs = inspect.signature(timm.models.VisionTransformer).parameters
-    renamed = {"in_channels": "in_chans", "n_heads": "num_heads"}
-    renamed["dropout"] = "drop_rate"
+    names = {"in_channels": "in_chans", "n_heads": "num_heads", "dropout": "drop_rate"}
     for name, ours in inspect.signature(vit.VisionTransformer).parameters.items():
-        assert ours.default == theirs[renamed.get(name, name)].default
+        assert ours.default == theirs[names.get(name, name)].default
 
 
 def test_qkv_bias_can_be_left_out():
