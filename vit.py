@@ -60,11 +60,7 @@ def parse_options():
     option("--depth", 4, "number of blocks")
     option("--n-heads", 4, "attention heads per block")
     option("--mlp-ratio", 2.0, "hidden size of the MLP, as a multiple of embed-dim")
-    option(
-        "--dropout",
-        0.0,
-        "fraction of numbers zeroed in training, so that no layer relies on any one",
-    )
+    option("--dropout", 0.0, "share of numbers zeroed in training, to memorize less")
 
     option("--epochs", 8, "passes over the training set")
     option("--batch-size", 128, "images per training step")

@@ -1,13 +1,15 @@
 """`python vit.py`: its options, its files, what goes wrong, and its picture."""
 
+import io
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY_SIZES, make_model, write_mnist
-from PIL import ImageChops
+from helpers import TINY_SIZES, write_mnist
+from PIL import Image, ImageChops
 from torch.testing import assert_close
 
 import vit
@@ -108,7 +110,7 @@ def test_damaged_file_is_refused(run, n_bytes, ending):
     content = path.with_suffix("").read_bytes()
     path.with_suffix("").unlink()
     path.write_bytes(content[:n_bytes])
-    match = "expected train-images-idx3-ubyte.gz .* in data/MNIST/raw .*, got .*"
+    match = r"expected four files \(train-images.* in data/MNIST/raw; .* got .*"
     assert run("", RuntimeError, match) == []
 
 
@@ -131,18 +133,19 @@ def test_silent_server_does_not_hang_the_run(run, monkeypatch, capsys):
         assert run() == ["synthetic.png", "synthetic.pt"]
     assert seconds == [20]
     out, error = capsys.readouterr()
-    assert "timed out\nNo MNIST in data: synthetic digits" in error
+    assert "timed out\nNo MNIST in data: using synthetic digits" in error
     assert "\nsynthetic digits test accuracy: " in out
 
 
-def test_checkpoint_rebuilds_the_model(run, trained, capsys):
-    # Catches a size that is not saved, or in the place of another, and weights of
-    # another model.
+def test_checkpoint_rebuilds_the_model(run, trained):
+    # Catches a size that is not saved, or in the place of another, weights of another
+    # model, and losses that are lost.
     sizes = "--patch-size 14 --embed-dim 24 --depth 3 --n-heads 2 --mlp-ratio 1.5"
     assert run(f"{sizes} --dropout 0.25") == ["mnist.png", "mnist.pt"]
     checkpoint = torch.load("out/mnist.pt", weights_only=True)
     assert checkpoint["sizes"] == TINY_SIZES | {"patch_size": 14, "dropout": 0.25}
     assert_close(checkpoint["weights"], trained["model"].state_dict())
+    assert checkpoint["losses"] == [2.0, 1.0]
     assert sorted(os.listdir("out")) == NAMES
 
 
@@ -153,15 +156,31 @@ def test_checkpoint_is_moved_to_the_cpu_first(run, trained, monkeypatch):
     assert run("--device meta", NotImplementedError, "Cannot copy out of meta") == []
 
 
-def test_full_disk_spares_earlier_results(run, trained, monkeypatch, capsys):
-    # Catches a model that is written over an earlier one, and no word of the path.
+def test_full_disk_spares_an_earlier_model(run, trained, monkeypatch):
+    # Catches a model that is written over an earlier one.
     def save(checkpoint, path):
         path.write_text("half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", save)
     assert run("", OSError, "disk full") == []
-    assert capsys.readouterr().out.endswith("writing out/mnist.pt and out/mnist.png\n")
+
+
+def test_path_that_cannot_be_printed(run, trained, monkeypatch):
+    # Catches a print between the training and the saving: if it fails, all is lost.
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    run("--out-dir out/\u043c\u043e\u0434\u0435\u043b\u044c", UnicodeEncodeError)
+    assert len(list(Path("out").glob("*/mnist.p[nt]*"))) == 2
+
+
+def test_tilde_is_the_home_folder(run, trained, monkeypatch):
+    # Catches a folder named ~: a shell does not expand the one in --data-dir=~/data.
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    monkeypatch.setenv("USERPROFILE", str(Path("home").absolute()))
+    write_mnist(Path("home/data/MNIST/raw"), sizes=(30, 20))
+    run("--data-dir=~/data --out-dir=~/out")
+    assert len(trained["test_loader"].dataset) == 20
+    assert sorted(os.listdir("home/out")) == ["mnist.png", "mnist.pt"]
 
 
 def test_ctrl_c_ends_the_run(run, monkeypatch):
@@ -182,46 +201,46 @@ def test_the_same_seed_gives_the_same_run(run):
     assert models[0] == models[1] != models[2]
 
 
-def draw(model, images, shift=0, losses=(2.0, 1.0)):
-    """Return the picture of these images; shift is added to the right labels."""
-    labels = (model(images).argmax(dim=1) + shift) % 10
-    return vit.draw_results(model, images, labels, list(losses))
+def make_maps(n_tokens, key):
+    """Return maps of one image in which [CLS] of the last block sees this token only."""
+    maps = torch.full((1, 3, 2, n_tokens, n_tokens), 0.5)
+    maps[:, -1] = 0
+    maps[:, -1, :, 0, key] = 1
+    maps[:, -1, :, 1:, 1] = 1
+    return maps
 
 
-@pytest.mark.parametrize("patch_size", [4, 7, 14])
-def test_picture_tints_where_cls_looks(patch_size, monkeypatch):
-    # Catches another block, a single head, keys for queries, rows for columns, and a
-    # patch too many: [CLS]. All attention goes to [CLS] itself, then to the patch 1.
-    model = make_model(patch_size=patch_size).eval()
-    n_tokens = model.pos_embed.shape[1]
-    pictures = []
-    for key in (0, 2):
-        maps = torch.zeros(16, 3, 2, n_tokens, n_tokens)
-        maps[:, -1, -1, 0, key] = 1
-        monkeypatch.setattr(model, "attention_maps", lambda images, maps=maps: maps)
-        pictures.append(draw(model, torch.zeros(8, 1, 28, 28)))
-
-    # The first of the tiles, and in it the second patch, less its white lines.
-    tile = ImageChops.difference(*pictures).crop((20, 20, 132, 132))
-    side = 4 * patch_size
-    assert tile.getbbox() == (side + 1, 1, 2 * side, side)
+@pytest.mark.parametrize("n_rows, channels", [(2, 1), (4, 3), (7, 1)])
+def test_picture_tints_where_cls_looks(n_rows, channels):
+    # Catches another block, keys for queries, rows for columns, and a patch too many:
+    # [CLS]. Images may be of any size, in gray or in color.
+    images = torch.zeros(1, channels, 28, 28)
+    n_tokens = 1 + n_rows**2
+    pictures = [vit.draw_attention(images, make_maps(n_tokens, key)) for key in (0, 2)]
+    side = 28 // n_rows
+    assert pictures[0].getextrema() == ((0, 0),) * 3
+    assert pictures[1].getbbox() == (side, 0, 2 * side, side)
+    assert pictures[1].getpixel((side, 0)) == (255, 127, 0)
 
 
-@pytest.mark.parametrize("patch_size, n_steps", [(4, 1), (14, 5000), (28, 9)])
-def test_picture_of_any_run(patch_size, n_steps):
-    # Catches a fixed number of patches or of errors, and a curve of a single step.
-    model = make_model(patch_size=patch_size).eval()
-    picture = draw(model, torch.rand(9, 1, 28, 28), losses=[0.5] * n_steps)
-    assert picture.size == (1076, 480)
+def test_picture_averages_the_heads_and_shows_the_images():
+    # Catches a single head, the weights without their root, and images in other colors.
+    maps = make_maps(5, 1)
+    maps[:, -1, 1, 0, 1] = 0.28  # mean 0.64, root 0.8
+    picture = vit.draw_attention(torch.full((1, 1, 28, 28), 0.5), maps)
+    assert picture.getpixel((0, 0)) == (229, 127, 25)
+    assert picture.getpixel((27, 27)) == (127, 127, 127)
 
 
-def test_picture_shows_the_worst_digits_below():
-    # Catches the best digits, and other images: a white one, the ninth, is the only one
-    # that is misclassified. Also catches a curve that rises where the loss falls.
-    model = make_model().eval()
-    images = torch.zeros(9, 1, 28, 28)
-    images[8] = 1
-    picture = draw(model, images, shift=torch.tensor([0] * 8 + [5])).convert("L")
-    assert picture.getpixel((26, 26)) < 100
-    assert picture.getpixel((26, 158)) > 150
-    assert picture.crop((30, 400, 1050, 455)).getextrema() == (255, 255)
+def test_main_draws_the_first_sixteen_digits(run, trained):
+    # Catches other digits, and maps of other images.
+    run()
+    _, test_set = vit.load_mnist("data")
+    images = test_set.tensors[0][:16]
+    large = torch.nn.functional.interpolate(images, 112)
+    maps = trained["model"].attention_maps(images)
+    picture = Image.open("out/mnist.png")
+    assert (
+        ImageChops.difference(picture, vit.draw_attention(large, maps)).getbbox()
+        is None
+    )

@@ -8,11 +8,11 @@ import timm
 import torch
 from helpers import make_model
 from torch.testing import assert_close
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import vit
 
 IMAGES = torch.rand(3, 1, 28, 28)
-TOKENS = torch.randn(3, 17, 24)
 
 TIMM_MODELS = {
     "vit_tiny_patch16_224": {"embed_dim": 192, "n_heads": 3},
@@ -63,20 +63,23 @@ def test_learned_tokens_start_with_their_spread(name):
     assert std.item() == pytest.approx(0.2, abs=0.02)
 
 
-def test_dropout_is_where_the_paper_has_it():
-    # Catches a dropout that is missing, or in another place. With a probability of 1,
-    # it turns all that passes to 0.
-    model = make_model(dropout=1.0).train()
-    block = model.blocks[0]
-    inputs = []
-    for layer in (block.attn.proj, block.mlp.fc2):
-        layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
+def test_errors_name_both_figures():
+    # Catches a missing check, and a message that does not say what was given.
+    with pytest.raises(ValueError, match="patch_size must divide .* 5 and 28"):
+        make_model(patch_size=5)
+    with pytest.raises(ValueError, match="n_heads must divide .* 5 and 24"):
+        make_model(n_heads=5)
+    with pytest.raises(AssertionError, match=r"is 28, .*3, 1, 28, 32"):
+        make_model()(torch.rand(3, 1, 28, 32))
 
-    assert not model.embed(IMAGES).any()
-    assert not block.attn(TOKENS).any()
-    assert not block.mlp(TOKENS).any()
-    assert inputs[0].all()  # none inside attention
-    assert not inputs[1].any()  # one inside the MLP
+
+def test_torchvision_extracts_features_of_any_block():
+    # Catches Python that torch.fx cannot trace, and blocks of other names.
+    model = make_model().eval()
+    x = model.embed(IMAGES)
+    features = create_feature_extractor(model, ["blocks.1", "norm"])(IMAGES)
+    assert_close(features["blocks.1"], model.blocks[:2](x))
+    assert_close(features["norm"], model.forward_features(IMAGES))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -86,7 +89,7 @@ def test_attention_weights_are_finite(dtype):
     attention = make_model(n_heads=1).blocks[0].attn
     torch.nn.init.zeros_(attention.qkv.weight)
     torch.nn.init.constant_(attention.qkv.bias, 60)
-    weights = attention.to(dtype).attention_weights(TOKENS.to(dtype))
+    weights = attention.to(dtype).attention_weights(torch.rand(3, 17, 24).to(dtype))
     assert_close(weights, torch.full_like(weights, 1 / 17))
 
 
@@ -97,6 +100,7 @@ def test_attention_maps_from_four_threads():
     with ThreadPoolExecutor(4) as pool:
         maps = list(pool.map(model.attention_maps, batches))
     assert all(map(torch.equal, maps, map(model.attention_maps, batches)))
+    assert not maps[0].requires_grad  # so that .numpy() works
 
 
 @pytest.fixture(params=["forward", "attention_maps"])
