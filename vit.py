@@ -65,7 +65,7 @@ def parse_options():
     option("--epochs", 8, "passes over the training set")
     option("--batch-size", 128, "images per training step")
     option("--lr", 5e-3, "peak learning rate; lower it for larger models")
-    option("--weight-decay", 0.05, "how strongly each step shrinks the parameters")
+    option("--weight-decay", 0.05, "each step shrinks all parameters by lr times this")
     option("--seed", 0, "random seed")
 
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -119,23 +119,25 @@ class Attention(nn.Module):
     def queries_keys_values(self, x):
         """Return queries, keys and values: (B, T, D) -> each (B, h, T, D/h)."""
         # Each output has weights of its own, so this layer of 64 -> 192 numbers equals
-        # twelve of 64 -> 16: first four for queries, then four for keys and for values.
+        # twelve of 64 -> 16: four for the queries of four heads, four for keys, and
+        # four for values.
         x = self.qkv(x)  # (B, T, 3D): (B, 17, 192)
         x = x.unflatten(2, (3 * self.n_heads, -1))  # (B, T, 3h, D/h): (B, 17, 12, 16)
 
         # The product @ multiplies matrices in the last two dimensions. So T moves next
-        # to D/h: one matrix for each image and small layer.
+        # to D/h: twelve (17, 16) matrices per image.
         x = x.transpose(1, 2)  # (B, 3h, T, D/h): (B, 12, 17, 16)
-        return x.chunk(3, dim=1)  # each (B, h, T, D/h): (B, 4, 17, 16)
+        return x.chunk(3, dim=1)  # four each, (B, h, T, D/h): (B, 4, 17, 16)
 
     def attention_weights(self, x):
         """Return the attention weights, for drawing: (B, T, D) -> (B, h, T, T)."""
         q, k, _ = self.queries_keys_values(x)
 
-        # Variances add: a sum of 16 independent products of variance 1 has variance 16,
-        # standard deviation 4. Dividing by 4 restores 1. Larger scores would put almost
-        # all weight on one token. Changing them slightly would then change almost
-        # nothing, so almost no gradient would be left to learn from.
+        # If the numbers in q and k are independent with mean 0 and variance 1, so are
+        # their products. Variances add: the sum of 16 products has variance 16,
+        # standard deviation 4; dividing by 4 restores 1. Larger scores would put almost
+        # all weight on one token. Changing the scores slightly would then change almost
+        # nothing, and leave almost no gradient to learn from.
         q = q / math.sqrt(q.shape[3])
         scores = q @ k.transpose(2, 3)  # (B, h, T, T): queries by keys
         return scores.softmax(dim=3)  # over the keys
@@ -161,9 +163,9 @@ class MLP(nn.Module):
 
     def forward(self, x):
         # Attention averages what tokens hold; the MLP finds new features in each token.
-        # Its wide first layer tests for many features, GELU (a smooth ReLU) mutes the
-        # absent ones, and the second layer combines the others. Without GELU, the two
-        # layers would collapse into one.
+        # Its wide first layer tests for many features, GELU (the paper's smooth ReLU)
+        # mutes the absent ones, and the second layer combines the others. Without GELU,
+        # the two layers would collapse into one.
         x = self.fc1(x)
         x = F.gelu(x)
         x = self.dropout(x)
@@ -185,9 +187,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        # Residual connections: a layer adds to the tokens and never replaces them.
-        # Gradients pass through the sum unchanged. Without it, they would shrink or
-        # grow with each layer, and the first of many blocks would hardly learn.
+        # Residual connections: a layer f adds to the tokens and never replaces them.
+        # The derivative of x + f(x) is 1 + f'(x). Without the 1, the product over all
+        # layers could shrink to almost nothing, and the first of many blocks would
+        # hardly learn.
         x = x + self.dropout(self.attn(self.norm1(x)))
         x = x + self.dropout(self.mlp(self.norm2(x)))
         return x
@@ -196,9 +199,8 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Classify images: (B, in_channels, img_size, img_size) -> logits (B, num_classes).
 
-    The default arguments give ViT-B/16, the paper's base model. The state_dict keys are
-    those of the library timm, whose pretrained plain ViTs load unchanged. With
-    num_classes=0, the model returns [CLS] (B, embed_dim).
+    The defaults give ViT-B/16, the paper's base model. Pretrained plain ViTs of the
+    library timm load unchanged. With num_classes=0, the model returns [CLS] (B, D).
     """
 
     def __init__(
@@ -229,8 +231,8 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
 
         # Averages ignore order: to tell attention where each token is, we add a learned
-        # position embedding. It starts about as large (0.2) as embedded MNIST patches,
-        # so that neither hides the other.
+        # position embedding. It starts about as large (0.2) as embedded MNIST patches.
+        # Training makes room for content and position in the same D numbers.
         n_tokens = 1 + (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.2 * torch.randn(1, n_tokens, embed_dim))
         self.dropout = nn.Dropout(dropout)
@@ -296,8 +298,8 @@ def augment(images):
     """
     # Pixel (x, y) of the result is read from the image at (ax + by + c, dx + ey + f).
     # With a = e = 1 and the others 0, nothing changes. Noise in a and e scales the
-    # image, in b and d shears and rotates it, in c and f shifts it. Edge to edge, x and
-    # y run from -1 to 1 (align_corners=False): a shift of 0.15 is 2 of 28 pixels.
+    # image; in b and d, it shears (rotates if b = -d); in c and f, it shifts. Edge to
+    # edge, x and y run from -1 to 1 (align_corners=False), so 0.15 is 2 of 28 pixels.
     noise = torch.empty(images.shape[0], 2, 3).uniform_(-0.15, 0.15)
     matrix = torch.eye(2, 3) + noise  # rows (a, b, c) and (d, e, f)
 
@@ -364,21 +366,21 @@ def train(
     transform: applied to the images of each training batch.
 
     Each call runs a whole learning-rate schedule and leaves the model in eval mode.
-    Raises FloatingPointError if a loss is not finite.
     """
     device = next(model.parameters()).device
 
     # AdamW moves each parameter against the running average of its gradients
-    # (momentum), divided by their typical magnitude, so that all parameters move at a
-    # similar pace. Weight decay also shrinks them: large ones can bend the model around
-    # single images.
+    # (momentum), divided by their typical magnitude (the root of the running average of
+    # their squares), so that all parameters move at a similar pace. Weight decay also
+    # shrinks them: small parameters treat similar images alike, and memorize less.
     optimizer = torch.optim.AdamW(
         model.parameters(), lr, weight_decay=weight_decay, fused=True
     )
 
-    # AdamW's first averages come from few gradients and mislead, so the learning rate
+    # AdamW's first averages, of few gradients, are unreliable, so the learning rate
     # warms up from lr/25 to lr over the first 30% of steps. Then it falls along a
-    # cosine to almost 0, so that the model settles. (These are OneCycleLR's defaults.)
+    # cosine to almost 0, so that the model settles. (OneCycleLR's defaults; momentum is
+    # fixed.)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, epochs=epochs, steps_per_epoch=len(loader), cycle_momentum=False
     )
@@ -431,8 +433,8 @@ def draw_attention(images, maps):
     """Return a picture of images, tinted orange where [CLS] looks in the last block.
 
     images: (B, 1 or 3, H, W), 0 to 1, as displayed; maps: attention_maps of the same
-    images. The maps show weights, not reasons: by the last block, a token also holds
-    what other patches passed on.
+    images, (B, depth, h, T, T). The maps show weights, not reasons: by the last block,
+    a token also holds what other patches passed on.
     """
     # The weights of [CLS] (query 0) for each patch, averaged over heads, as a grid.
     weights = maps[:, -1, :, 0, 1:].mean(dim=1)  # (B, N)
@@ -466,8 +468,8 @@ def main():
     test_loader = DataLoader(test_set, batch_size=1000)
     print(f"{data}: {len(train_set):,} training images, {len(test_set):,} test images")
 
-    # We choose nothing by test accuracy, not even an epoch: the best of many tries
-    # looks better on these images than on new ones.
+    # Test accuracy is printed, but we choose nothing by it, not even an epoch: the best
+    # of many tries looks better on these images than on new ones.
     losses = train(
         model,
         loader,
@@ -478,8 +480,8 @@ def main():
         transform=augment,
     )
 
-    # Weights on the CPU load anywhere. With a temporary name, a failure to save spares
-    # an earlier model.
+    # Weights on the CPU load anywhere. They get a temporary name first: if saving
+    # fails, an earlier model survives.
     model.cpu()
     name = "mnist" if data == "MNIST" else "synthetic"
     part = out_dir / f"{name}.part"

@@ -1,4 +1,4 @@
-"""The README's scripts, each run as a program of its own, its figures and its lists."""
+"""The README's scripts, each run as a program of its own, its links and its lists."""
 
 import re
 import subprocess
@@ -6,84 +6,87 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, TINY_SIZES, write_mnist
+from helpers import ROOT, make_model, write_mnist
 from PIL import Image, ImageDraw
 
 import vit
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+VIT = (ROOT / "vit.py").read_text(encoding="utf-8")
 DEIT = "deit_tiny_patch16_224-a1311bcf.pth"
 
 
-def recipe(title, language="python"):
-    """Return the first block under this heading."""
-    section = README.split(f"# {title}\n")[1]
-    return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
+def blocks(title, language="python"):
+    """Return the code blocks under this heading."""
+    section = README.split(f"# {title}\n")[1].split("\n#")[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
 
 
-def run(folder, code, name="recipe.py", launcher=()):
-    """Run code as a program in the folder, beside vit.py and load.py."""
-    (folder / "vit.py").write_text((ROOT / "vit.py").read_text())
-    (folder / "load.py").write_text(recipe("Use it in your project"))
-    (folder / name).write_text(code)
-    command = [sys.executable, *launcher, name]
-    return subprocess.check_output(command, cwd=folder, text=True)
+@pytest.fixture
+def run(tmp_path):
+    """Return a function that runs code as a program, beside vit.py and photos.py."""
+    (tmp_path / "vit.py").write_text(VIT)
+    (tmp_path / "photos.py").write_text(blocks("Your own images")[0])
+
+    def run(code, launcher=()):
+        (tmp_path / "script.py").write_text(code)
+        command = [sys.executable, *launcher, "script.py"]
+        return subprocess.check_output(
+            command, cwd=tmp_path, text=True, stderr=subprocess.STDOUT
+        )
+
+    return run
 
 
-def test_own_images_and_pretrained_weights(tmp_path):
-    # Photos of wide and tall bars, in the modes of real files. Random weights in the
-    # format of DeiT's file are a stand-in for the real ones.
-    for i in range(60):
+def test_copied_model(tmp_path):
+    # The lines that the README links are the model, whole.
+    first, last = map(int, re.search(r"#L(\d+)-L(\d+)", README).groups())
+    assert README.count(f"(vit.py#L{first}-L{last})") == README.count("vit.py#L") == 2
+    imports, use = blocks("Copy the model")
+    model = "\n".join(VIT.split("\n")[first - 1 : last])
+    assert model.startswith("class PatchEmbed") and "\n# ---" not in model
+    exec(f"{imports}\n{model}\n{use}", copied := {})  # noqa: S102
+    assert copied["logits"].shape == (2, 10)
+    assert copied["features"].shape == (2, 197, 768)
+
+
+def write_photos(folder, n=20):
+    """Write photos of wide and tall bars, in the modes of real files."""
+    for i in range(n):
         name, box = [("wide", (10, 40, 110, 60)), ("tall", (50, 10, 70, 90))][i % 2]
         photo = Image.effect_noise((120, 100), 40).convert("RGB")
         ImageDraw.Draw(photo).rectangle(box, "white")
-        path = tmp_path / "photos" / name / f"{i}.png"
+        path = folder / "photos" / name / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         photo.convert(["RGB", "L", "P", "RGBA"][i % 4]).save(path)
-    photo.save(tmp_path / "new.jpg")
+    photo.save(folder / "new.jpg")
+
+
+def test_own_images_and_pretrained_weights(run, tmp_path):
+    # Random weights in the format of DeiT's file are a stand-in for the real ones. One
+    # epoch is enough to see that the scripts run.
+    write_photos(tmp_path)
     deit = vit.VisionTransformer(embed_dim=192, n_heads=3)
     torch.save({"model": deit.state_dict()}, tmp_path / DEIT)
-    pretrained = recipe("Pretrained weights")
-    assert "ImageNet class" in run(tmp_path, pretrained, "pretrained.py")
-
-    # Fewer epochs are enough to see that both scripts run.
-    own = recipe("Your own images").replace("epochs, lr = 100", "epochs, lr = 2")
-    tuned = re.search(r"(from pretrained import .*?lr = .*?\n)", README, re.DOTALL)[1]
-    first, rest = own.index("prepare ="), own.index("photos =")
-    for code in (own, own[:first] + tuned.replace("5, 1e-4", "1, 1e-4") + own[rest:]):
-        output = run(tmp_path, code)
-        assert "60 images of ['tall', 'wide']" in output
-        assert re.search(r"(tall|wide) \(\d+%\)\n$", output)
+    classify, tune, resize = blocks("Pretrained weights")
+    assert len(run(classify).split()) > 0
+    for code in blocks("Your own images")[1], tune:
+        output = run(re.sub(r"epochs=\d+", "epochs=1", code))
+        assert "20 images of ['tall', 'wide']" in output
+        assert re.search(r"\n(tall|wide) \(\d+%\)\n$", output)
         saved = torch.load(tmp_path / "photos.pt")
         model = vit.VisionTransformer(**saved["sizes"])
         model.load_state_dict(saved["weights"])
 
-    larger = recipe("Another image size") + "print(model(torch.rand(1, 3, 384, 384)))"
-    assert "grad_fn" in run(tmp_path, larger)
-
-
-def test_a_photographed_digit(tmp_path):
-    # A dark 7 on light, noisy paper, off the center; the same in ink on transparency.
-    sizes = TINY_SIZES | {"embed_dim": 64, "depth": 4, "n_heads": 4}
-    model = vit.VisionTransformer(**sizes)
-    loader = torch.utils.data.DataLoader(vit.make_synthetic_digits(2000), 20)
-    vit.train(model, loader, epochs=5, lr=5e-3)
-    (tmp_path / "out").mkdir()
-    saved = {"sizes": sizes, "weights": model.state_dict()}
-    torch.save(saved, tmp_path / "out/mnist.pt")
-
-    paper = Image.effect_noise((600, 800), 10).point(lambda value: min(255, value + 90))
-    for photo in (paper.convert("RGB"), Image.new("RGBA", (600, 800))):
-        ImageDraw.Draw(photo).text((300, 300), "7", (20, 20, 20), font_size=300)
-        photo.save(tmp_path / "digit.png")
-        code = recipe("A photographed digit").replace("digit.jpg", "digit.png")
-        code += "assert maps.shape == (1, 4, 4, 17, 17)\n"
-        assert run(tmp_path, code).startswith("7 (")
+    tune = tune.replace("=224", "=384").replace("model.load", resize + "model.load")
+    assert "weights" in tune and "20 images" in run(
+        re.sub("epochs=5", "epochs=1", tune)
+    )
 
 
 def test_load_reads_any_picture(tmp_path):
     # Left red, right black; black is transparent where a mode can say so.
-    exec(recipe("Use it in your project"), namespace := {})  # noqa: S102
+    exec(blocks("Your own images")[0], namespace := {})  # noqa: S102
     red = Image.new("RGB", (40, 20))
     red.paste("red", (0, 0, 20, 20))
     transparent = red.convert("RGBA")
@@ -103,36 +106,60 @@ def test_load_reads_any_picture(tmp_path):
         assert loaded.getpixel((35, 5)) == (right, right, right)
 
     Image.new("I;16", (40, 20)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="deep.png: save it with 8 bits"):
-        namespace["load"](tmp_path / "deep.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    for name in "deep.png", "broken.png":
+        with pytest.raises(ValueError, match=f"cannot read .*{name}"):
+            namespace["load"](tmp_path / name)
 
 
-# Two processes share the batches; each has a model, and their gradients are averaged.
-TWO_PROCESSES = """
-import torch, vit
-torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
-torch.manual_seed(rank)
-model = torch.nn.parallel.DistributedDataParallel(
-    vit.VisionTransformer(img_size=28, patch_size=7, in_channels=1, embed_dim=12)
-)
-vit.train(model, [vit.make_synthetic_digits(20 + rank).tensors], epochs=2, lr=0.01)
-torch.save(model.module.state_dict(), f"{rank}.pt")
-torch.distributed.destroy_process_group()
-"""
+def test_digit_and_look_inside(run, tmp_path):
+    # A 7 on light, noisy paper, off the center; the same in ink on transparency; and in
+    # chalk.
+    model = make_model(embed_dim=64, depth=4, n_heads=4)
+    loader = torch.utils.data.DataLoader(vit.make_synthetic_digits(2000), 20)
+    losses = vit.train(model, loader, epochs=5, lr=5e-3)
+    sizes = {"img_size": 28, "patch_size": 7, "in_channels": 1, "num_classes": 10}
+    sizes |= {"embed_dim": 64, "depth": 4, "n_heads": 4, "mlp_ratio": 1.5}
+    (tmp_path / "out").mkdir()
+    saved = {"sizes": sizes, "weights": model.state_dict(), "losses": losses}
+    torch.save(saved, tmp_path / "out/mnist.pt")
+
+    paper = Image.effect_noise((600, 800), 10).point(lambda value: min(255, value + 90))
+    board = paper.point(lambda value: 255 - value)
+    for photo, ink in (paper, 20), (Image.new("LA", (600, 800)), 20), (board, 230):
+        photo = photo.convert("RGBA" if photo.mode == "LA" else "RGB")
+        ImageDraw.Draw(photo).text((300, 300), "7", (ink,) * 3, font_size=300)
+        photo.save(tmp_path / "digit.png")
+        code = blocks("A photographed digit")[0].replace("digit.jpg", "digit.png")
+        assert run(code).startswith("7 (")
+
+    write_mnist(tmp_path / "data/MNIST/raw")
+    run(blocks("Look inside")[0])
+    assert {"worst.png", "losses.png"} < {path.name for path in tmp_path.iterdir()}
 
 
-def test_two_processes(tmp_path):
-    # The weights of both models stay equal.
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    run(tmp_path, TWO_PROCESSES, launcher=launcher)
-    first, second = torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")
-    torch.testing.assert_close(first, second)
+def test_two_processes(run, tmp_path):
+    # They share the work, print once and without a warning, and save once.
+    write_mnist(tmp_path / "data/MNIST/raw")
+    code = blocks("Several GPUs or machines")[0]
+    assert "epochs=8" in code
+    launcher = ["-W", "error", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    output = run(code.replace("epochs=8", "epochs=2"), launcher)
+    assert re.fullmatch(r"epoch 1/2: .*\nepoch 2/2: .*\n", output)
+    saved = torch.load(tmp_path / "parallel.pt")
+    vit.VisionTransformer(**saved["sizes"]).load_state_dict(saved["weights"])
 
 
-def test_bfloat16_line_fits():
-    line = re.search(r"with torch\.autocast\(.*?\): (.*?)\.float\(\)", README)[1]
-    assert f"\n            {line}\n" in (ROOT / "vit.py").read_text()
+def test_equal_to_timm(run):
+    assert float(run(blocks("Trust it")[0])) < 1e-5
+
+
+def test_one_line_edits_fit():
+    # The lines that the README says to change are there.
+    line = re.search(r"torch\.autocast\(.*?\):\n *(.*?)\.float\(\)", README)[1]
+    assert f"            {line}\n" in VIT
+    for line in re.findall(r"^\| [^|`]*: `([^`]*)` to ", README, re.MULTILINE):
+        assert line in VIT
 
 
 def test_printed_run_and_options(tmp_path, monkeypatch, capsys):
@@ -143,18 +170,18 @@ def test_printed_run_and_options(tmp_path, monkeypatch, capsys):
     vit.main()
     out = capsys.readouterr().out
     forms = set(re.sub(r"[\d,.]*\d", "0", out).split("\n"))
-    printed = re.sub(r"[\d,.]*\d", "0", recipe("Quick start", "text")).split("\n")
+    printed = re.sub(r"[\d,.]*\d", "0", blocks("Quick start", "text")[0]).split("\n")
     assert set(printed) - {"..."} == forms
 
     commands = re.findall(r"(--(?:batch|epochs).*?)[`\n]", README.replace("\\\n", ""))
-    assert len(commands) == 4
+    assert len(commands) > 4
     for command in commands:
         monkeypatch.setattr("sys.argv", ["vit.py", *command.split()])
         vit.parse_options()
 
 
 def test_lists_of_packages_agree():
-    header = re.search(r"# dependencies = \[(.*)\]", (ROOT / "vit.py").read_text())[1]
+    header = re.search(r"# dependencies = \[(.*)\]", VIT)[1]
     packages = (ROOT / "requirements.txt").read_text().split()
     assert re.findall(r'"(.*?)"', header) + ["pytest>=8"] == packages
     oldest = README.split("oldest")[1].lower()
