@@ -81,9 +81,9 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size, in_channels, embed_dim):
         super().__init__()
-        # A convolution slides a window over the image and applies the same linear layer
-        # to the pixels inside, here 49 -> 64 numbers. A stride (step) of the window's
-        # size visits each patch once.
+        # A convolution slides a window over the image and applies a linear layer to the
+        # pixels inside. With a stride (step) of the window's size, it equals
+        # nn.Linear(49, 64) on each of the 16 patches.
         self.proj = nn.Conv2d(in_channels, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, images):
@@ -97,15 +97,16 @@ class Attention(nn.Module):
 
     Consider one head. Linear layers turn each token into three vectors of D/h = 16
     numbers: a query (what it looks for), a key (what queries are compared with), and a
-    value (what it passes on). A patch that cuts a stroke may ask where the stroke
-    continues. The better a key matches, the more its value counts. What the vectors
-    encode is learned. From all tokens j, a token with query q receives:
+    value (what it passes on). A patch that cuts a stroke may ask with its query: where
+    does the stroke continue? The key of a neighbor may answer: here; and its value tell
+    the direction. The better a key matches, the more its value counts. Training alone
+    decides what the vectors say. From all tokens j, a token with query q receives:
 
         score_j  = (q / 4) . key_j                      dot product; 4 = sqrt(16)
         weight_j = exp(score_j) / sum_i exp(score_i)    softmax: positive, sum 1
         result   = sum_j weight_j value_j               weighted average of values
 
-    Four heads, each with linear layers of its own, look for four things at once. Their
+    Four heads, with linear layers of their own, look for four things at once. Their
     results, side by side, are 64 numbers again. The linear layer proj mixes them, so
     that each number can combine what several heads found.
     """
@@ -117,27 +118,27 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def queries_keys_values(self, x):
-        """Return queries, keys and values: (B, T, D) -> each (B, h, T, D/h)."""
-        # Each output has weights of its own, so this layer of 64 -> 192 numbers equals
-        # twelve of 64 -> 16: four for the queries of four heads, four for keys, and
-        # four for values.
+        """Return queries, keys, and values: (B, T, D) -> each (B, h, T, D/h)."""
+        # One linear layer gives each token 192 = 3 x 4 x 16 numbers: query, key, and
+        # value, for four heads, of 16 numbers each.
         x = self.qkv(x)  # (B, T, 3D): (B, 17, 192)
-        x = x.unflatten(2, (3 * self.n_heads, -1))  # (B, T, 3h, D/h): (B, 17, 12, 16)
+        x = x.unflatten(
+            2, (3, self.n_heads, -1)
+        )  # (B, T, 3, h, D/h): (B, 17, 3, 4, 16)
+        q, k, v = x.unbind(2)  # each (B, T, h, D/h): (B, 17, 4, 16)
 
-        # The product @ multiplies matrices in the last two dimensions. So T moves next
-        # to D/h: twelve (17, 16) matrices per image.
-        x = x.transpose(1, 2)  # (B, 3h, T, D/h): (B, 12, 17, 16)
-        return x.chunk(3, dim=1)  # four each, (B, h, T, D/h): (B, 4, 17, 16)
+        # The product @ multiplies matrices in the last two dimensions. So we swap
+        # tokens and heads, for a matrix of its own, (17, 16), for each head.
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attention_weights(self, x):
         """Return the attention weights, for drawing: (B, T, D) -> (B, h, T, T)."""
         q, k, _ = self.queries_keys_values(x)
 
-        # If the numbers in q and k are independent with mean 0 and variance 1, so are
-        # their products. Variances add: the sum of 16 products has variance 16,
-        # standard deviation 4; dividing by 4 restores 1. Larger scores would put almost
-        # all weight on one token. Changing the scores slightly would then change almost
-        # nothing, and leave almost no gradient to learn from.
+        # Large scores leave almost no gradient: scores of 8 and 0 give weights of
+        # 0.9997 and 0.0003, and a small change of the scores changes almost nothing. A
+        # score is a sum of 16 products. If they are independent with standard deviation
+        # 1, it has 4 (variances add, to 16). So we divide by 4.
         q = q / math.sqrt(q.shape[3])
         scores = q @ k.transpose(2, 3)  # (B, h, T, T): queries by keys
         return scores.softmax(dim=3)  # over the keys
@@ -163,9 +164,9 @@ class MLP(nn.Module):
 
     def forward(self, x):
         # Attention averages what tokens hold; the MLP finds new features in each token.
-        # Its wide first layer tests for many features, GELU (the paper's smooth ReLU)
-        # mutes the absent ones, and the second layer combines the others. Without GELU,
-        # the two layers would collapse into one.
+        # Its wide first layer tests for many features. GELU (a smooth ReLU) brings
+        # negative results, features not found, close to 0. The second layer combines
+        # the others. Without GELU, the two layers would collapse into one.
         x = self.fc1(x)
         x = F.gelu(x)
         x = self.dropout(x)
@@ -178,8 +179,8 @@ class Block(nn.Module):
     def __init__(self, embed_dim, n_heads, mlp_ratio, qkv_bias, dropout):
         super().__init__()
         # LayerNorm brings the D numbers of each token to mean 0 and variance 1, so that
-        # the next layer gets inputs of stable magnitude, whatever earlier layers add. A
-        # learned scale and shift (1 and 0 at first) then let training adjust it.
+        # the next layer gets inputs of stable magnitude. A learned scale and shift, at
+        # first 1 and 0, then let training adjust it.
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, n_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -188,9 +189,9 @@ class Block(nn.Module):
 
     def forward(self, x):
         # Residual connections: a layer f adds to the tokens and never replaces them.
-        # The derivative of x + f(x) is 1 + f'(x). Without the 1, the product over all
-        # layers could shrink to almost nothing, and the first of many blocks would
-        # hardly learn.
+        # For a single number, the derivative of x + f(x) is 1 + f'(x). Without the 1,
+        # the product of all layers' derivatives could be almost 0, and the first of
+        # many blocks would hardly learn.
         x = x + self.dropout(self.attn(self.norm1(x)))
         x = x + self.dropout(self.mlp(self.norm2(x)))
         return x
@@ -226,21 +227,22 @@ class VisionTransformer(nn.Module):
         self.img_size = img_size
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
 
-        # Every image gets the same learned class token. In the blocks, it gathers what
-        # the last linear layer needs.
+        # Every image gets the same learned class token. In the blocks, it gathers from
+        # the patches what the last linear layer needs.
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
 
         # Averages ignore order: to tell attention where each token is, we add a learned
-        # position embedding. It starts about as large (0.2) as embedded MNIST patches.
-        # Training makes room for content and position in the same D numbers.
+        # position embedding. Training can keep content and place apart, in different
+        # ones of the D numbers.
         n_tokens = 1 + (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.2 * torch.randn(1, n_tokens, embed_dim))
         self.dropout = nn.Dropout(dropout)
 
-        self.blocks = nn.Sequential()
-        for _ in range(depth):
-            block = Block(embed_dim, n_heads, mlp_ratio, qkv_bias, dropout)
-            self.blocks.append(block)
+        blocks = [
+            Block(embed_dim, n_heads, mlp_ratio, qkv_bias, dropout)
+            for _ in range(depth)
+        ]
+        self.blocks = nn.Sequential(*blocks)
 
         # Block after block, the tokens grow in magnitude: normalize once more.
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -296,12 +298,14 @@ def augment(images):
 
     Images that change every epoch are hard to memorize.
     """
-    # Pixel (x, y) of the result is read from the image at (ax + by + c, dx + ey + f).
-    # With a = e = 1 and the others 0, nothing changes. Noise in a and e scales the
-    # image; in b and d, it shears (rotates if b = -d); in c and f, it shifts. Edge to
-    # edge, x and y run from -1 to 1 (align_corners=False), so 0.15 is 2 of 28 pixels.
+    # Pixel (x, y) of the result is read from the image at (x', y'), where
+    #
+    #     x' = x + a x + b y + c     y' = y + d x + e y + f
+    #
+    # and a to f are noise. From edge to edge, x and y run from -1 to 1, so c and f (at
+    # most 0.15) shift the image by up to 2 pixels. The others stretch, shear, and turn.
     noise = torch.empty(images.shape[0], 2, 3).uniform_(-0.15, 0.15)
-    matrix = torch.eye(2, 3) + noise  # rows (a, b, c) and (d, e, f)
+    matrix = torch.eye(2, 3) + noise  # rows (1 + a, b, c) and (d, 1 + e, f)
 
     # affine_grid computes where to read; grid_sample reads there, blending neighboring
     # pixels (black outside the image).
@@ -369,18 +373,18 @@ def train(
     """
     device = next(model.parameters()).device
 
-    # AdamW moves each parameter against the running average of its gradients
-    # (momentum), divided by their typical magnitude (the root of the running average of
-    # their squares), so that all parameters move at a similar pace. Weight decay also
-    # shrinks them: small parameters treat similar images alike, and memorize less.
+    # AdamW moves each parameter by -lr * m / sqrt(v). The running average m of its
+    # gradients (momentum) evens out differences between batches. Dividing by the root
+    # of v, the running average of their squares, makes steps about as large for small
+    # gradients as for large ones: one lr suits all. Weight decay (the W) also shrinks
+    # all parameters: with small ones, a model memorizes less.
     optimizer = torch.optim.AdamW(
         model.parameters(), lr, weight_decay=weight_decay, fused=True
     )
 
     # AdamW's first averages, of few gradients, are unreliable, so the learning rate
-    # warms up from lr/25 to lr over the first 30% of steps. Then it falls along a
-    # cosine to almost 0, so that the model settles. (OneCycleLR's defaults; momentum is
-    # fixed.)
+    # warms up from lr/25 to lr over the first 30% of steps. Then it falls smoothly,
+    # along a cosine, to almost 0: the model settles. (These are OneCycleLR's defaults.)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, epochs=epochs, steps_per_epoch=len(loader), cycle_momentum=False
     )
@@ -418,8 +422,7 @@ def train(
             if os.isatty(1):  # stdout is a terminal
                 print(f"{len(losses) / scheduler.total_steps:.0%}", end="\r")
 
-        mean_loss = fmean(losses[n_before:])
-        line = f"epoch {epoch + 1}/{epochs}: loss {mean_loss:.4f}"
+        line = f"epoch {epoch + 1}/{epochs}: loss {fmean(losses[n_before:]):.4f}"
         if test_loader is not None:
             line += f", test accuracy {evaluate(model, test_loader):.2%}"
         print(f"{line}, {time.perf_counter() - start:.1f} s", flush=True)
@@ -433,8 +436,8 @@ def draw_attention(images, maps):
     """Return a picture of images, tinted orange where [CLS] looks in the last block.
 
     images: (B, 1 or 3, H, W), 0 to 1, as displayed; maps: attention_maps of the same
-    images, (B, depth, h, T, T). The maps show weights, not reasons: by the last block,
-    a token also holds what other patches passed on.
+    images. The maps show weights, not reasons: by the last block, a token also holds
+    what other patches passed on, so an orange patch need not matter by itself.
     """
     # The weights of [CLS] (query 0) for each patch, averaged over heads, as a grid.
     weights = maps[:, -1, :, 0, 1:].mean(dim=1)  # (B, N)

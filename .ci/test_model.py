@@ -84,8 +84,7 @@ def test_torchvision_extracts_features_of_any_block():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_attention_weights_are_finite(dtype):
-    # Catches scores that are scaled too late: unscaled, they are 24 * 60 * 60 = 86,400
-    # here, but float16 ends at 65,504.
+    # Catches scores that are scaled too late: 24 * 60 * 60 exceeds float16's 65,504.
     attention = make_model(n_heads=1).blocks[0].attn
     torch.nn.init.zeros_(attention.qkv.weight)
     torch.nn.init.constant_(attention.qkv.bias, 60)
@@ -120,8 +119,7 @@ def test_compiles_as_one_graph(model):
 
 def test_exports_for_batches_of_any_size(model):
     # Catches a batch size that is read as a Python number, such as len(images).
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(model, (IMAGES[:2],), dynamic_shapes=({0: batch},))
-    exported = program.module()
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(model, (IMAGES[:2],), dynamic_shapes=shapes).module()
     for n in (1, 3):
         assert_close(exported(IMAGES[:n]), model(IMAGES[:n]))
