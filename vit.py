@@ -128,7 +128,7 @@ class Attention(nn.Module):
         q, k, v = x.unbind(2)  # each (B, T, h, D/h): (B, 17, 4, 16)
 
         # The product @ multiplies matrices in the last two dimensions. So we swap
-        # tokens and heads, for a matrix of its own, (17, 16), for each head.
+        # tokens and heads: each head then has a (17, 16) matrix.
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attention_weights(self, x):
@@ -137,8 +137,9 @@ class Attention(nn.Module):
 
         # Large scores leave almost no gradient: scores of 8 and 0 give weights of
         # 0.9997 and 0.0003, and a small change of the scores changes almost nothing. A
-        # score is a sum of 16 products. If they are independent with standard deviation
-        # 1, it has 4 (variances add, to 16). So we divide by 4.
+        # score is a sum of 16 products. If these are independent with standard
+        # deviation 1, the score's is sqrt(16) = 4, since variances add. So we divide by
+        # 4.
         q = q / math.sqrt(q.shape[3])
         scores = q @ k.transpose(2, 3)  # (B, h, T, T): queries by keys
         return scores.softmax(dim=3)  # over the keys
@@ -164,9 +165,10 @@ class MLP(nn.Module):
 
     def forward(self, x):
         # Attention averages what tokens hold; the MLP finds new features in each token.
-        # Its wide first layer tests for many features. GELU (a smooth ReLU) brings
-        # negative results, features not found, close to 0. The second layer combines
-        # the others. Without GELU, the two layers would collapse into one.
+        # Its wide first layer tests for many features, such as a corner. GELU (a smooth
+        # ReLU) brings negative results, features not found, close to 0. The second
+        # layer combines those found. Without GELU, the two linear layers would equal
+        # one.
         x = self.fc1(x)
         x = F.gelu(x)
         x = self.dropout(x)
@@ -178,9 +180,9 @@ class Block(nn.Module):
 
     def __init__(self, embed_dim, n_heads, mlp_ratio, qkv_bias, dropout):
         super().__init__()
-        # LayerNorm brings the D numbers of each token to mean 0 and variance 1, so that
-        # the next layer gets inputs of stable magnitude. A learned scale and shift, at
-        # first 1 and 0, then let training adjust it.
+        # LayerNorm brings the D numbers of each token to mean 0 and variance 1, then
+        # applies a learned scale and shift, at first 1 and 0. Otherwise, magnitudes
+        # would grow from block to block, and each layer would have to follow.
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, n_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -302,8 +304,9 @@ def augment(images):
     #
     #     x' = x + a x + b y + c     y' = y + d x + e y + f
     #
-    # and a to f are noise. From edge to edge, x and y run from -1 to 1, so c and f (at
-    # most 0.15) shift the image by up to 2 pixels. The others stretch, shear, and turn.
+    # and a to f are noise. From edge to edge, x and y run from -1 to 1, so 1 is 14
+    # pixels: c and f, at most 0.15, shift the image by up to 2 pixels. Noise in a and e
+    # stretches it, in b and d shears it (turns it, if b = -d).
     noise = torch.empty(images.shape[0], 2, 3).uniform_(-0.15, 0.15)
     matrix = torch.eye(2, 3) + noise  # rows (1 + a, b, c) and (d, 1 + e, f)
 
@@ -373,18 +376,17 @@ def train(
     """
     device = next(model.parameters()).device
 
-    # AdamW moves each parameter by -lr * m / sqrt(v). The running average m of its
-    # gradients (momentum) evens out differences between batches. Dividing by the root
-    # of v, the running average of their squares, makes steps about as large for small
-    # gradients as for large ones: one lr suits all. Weight decay (the W) also shrinks
-    # all parameters: with small ones, a model memorizes less.
+    # AdamW keeps two running averages: m of a parameter's gradients (momentum), v of
+    # their squares. It moves the parameter by -lr * m / sqrt(v), that is by lr, whether
+    # all its gradients are 0.001 or 10, so one lr suits all. Weight decay (the W) also
+    # shrinks all parameters: small ones make a smoother model, which memorizes less.
     optimizer = torch.optim.AdamW(
         model.parameters(), lr, weight_decay=weight_decay, fused=True
     )
 
-    # AdamW's first averages, of few gradients, are unreliable, so the learning rate
-    # warms up from lr/25 to lr over the first 30% of steps. Then it falls smoothly,
-    # along a cosine, to almost 0: the model settles. (These are OneCycleLR's defaults.)
+    # Averages of the first few gradients are unreliable, so the learning rate warms up
+    # from lr/25 to lr over the first 30% of steps. Then it falls along a cosine to
+    # almost 0: steps no longer jump across the minimum. (OneCycleLR's defaults.)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, epochs=epochs, steps_per_epoch=len(loader), cycle_momentum=False
     )

@@ -103,21 +103,14 @@ def test_bad_option_is_refused(run, options, error, match):
 
 
 @pytest.mark.parametrize("n_bytes", [0, 3, 1000])
-@pytest.mark.parametrize("ending", ["", ".gz"])
-def test_damaged_file_is_refused(run, n_bytes, ending):
+@pytest.mark.parametrize("name", ["-idx3-ubyte", "-idx3-ubyte.gz", ".idx3-ubyte"])
+def test_damaged_or_renamed_file_is_refused(run, n_bytes, name):
     # Catches synthetic digits in the place of a damaged MNIST.
-    path = RAW / f"train-images-idx3-ubyte{ending}"
-    content = path.with_suffix("").read_bytes()
-    path.with_suffix("").unlink()
-    path.write_bytes(content[:n_bytes])
+    content = (RAW / "train-images-idx3-ubyte").read_bytes()
+    (RAW / "train-images-idx3-ubyte").unlink()
+    (RAW / f"train-images{name}").write_bytes(content[:n_bytes])
     match = r"expected four files \(train-images.* in data/MNIST/raw; .* got .*"
     assert run("", RuntimeError, match) == []
-
-
-def test_files_of_another_name_are_refused(run):
-    # Catches synthetic digits in their place, and an error without torchvision's own.
-    (RAW / "train-images-idx3-ubyte").rename(RAW / "train-images.idx3-ubyte")
-    assert run("", RuntimeError, "got RuntimeError.*Error downloading train-im") == []
 
 
 def test_silent_server_does_not_hang_the_run(run, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import make_model, write_mnist
 from PIL import Image
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.testing import assert_close
 
 import vit
@@ -23,9 +24,8 @@ def make_batches(n_batches=3, size=6):
 
 
 def test_train_matches_a_plain_loop():
-    # Catches another optimizer, schedule, loss or order of steps, a transform that is
-    # not applied, and dropout that is off after an evaluation. torch.neg is a stand-in
-    # for augment.
+    # Catches another optimizer, schedule, loss, order or transform (for which torch.neg
+    # is a stand-in), and dropout that is off after an evaluation.
     model, reference = make_model(dropout=0.5), make_model(dropout=0.5)
     batches = make_batches()
     options = {"weight_decay": 1.0, "test_loader": batches, "transform": torch.neg}
@@ -34,12 +34,9 @@ def test_train_matches_a_plain_loop():
     assert {type(loss) for loss in losses} == {float}  # a tensor would keep its graph
     assert not model.training
 
-    # With the same seed, both drop the same numbers.
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # both drop the same numbers
     optimizer = torch.optim.AdamW(reference.parameters(), 0.01, weight_decay=1.0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 0.01, total_steps=6, cycle_momentum=False
-    )
+    scheduler = OneCycleLR(optimizer, 0.01, total_steps=6, cycle_momentum=False)
     for loss, (images, labels) in zip(losses, batches * 2, strict=True):
         expected = torch.nn.functional.cross_entropy(reference(-images), labels)
         assert loss == pytest.approx(expected.item(), rel=1e-4)
@@ -88,16 +85,9 @@ def test_output_that_is_not_a_stream(stream, monkeypatch):
     assert len(vit.train(make_model(), make_batches(), epochs=1, lr=0.01)) == 3
 
 
-class ShortLoader(list):
-    """Batches of which len() promises one more than there are."""
-
-    def __len__(self):
-        return super().__len__() + 1
-
-
 def test_loader_with_fewer_batches_than_its_length():
     # Catches losses of steps that were never taken.
-    loader = ShortLoader(make_batches(2))
+    loader = type("ShortLoader", (list,), {"__len__": lambda self: 3})(make_batches(2))
     assert len(vit.train(make_model(), loader, epochs=2, lr=0.01)) == 4
 
 
@@ -114,20 +104,15 @@ def test_evaluate_counts_images_not_batches():
 
 
 def test_evaluate_refuses_what_it_cannot_compare():
-    # Catches a figure for labels of another size, or for no labels.
+    # Catches a figure for labels of another size, or for no labels; and a missing
+    # no_grad, which costs memory.
     model = make_model()
+    seen = []
+    model.head.register_forward_hook(lambda *args: seen.append(args[2].requires_grad))
     with pytest.raises(RuntimeError, match=r"\[6\].* size 60"):
         vit.evaluate(model, [(torch.rand(6, 1, 28, 28), torch.eye(10)[:6])])
     with pytest.raises(ValueError, match="at least one data point"):
         vit.evaluate(model, [])
-
-
-def test_evaluate_keeps_no_graph():
-    # Catches a missing no_grad, which costs memory.
-    model = make_model()
-    seen = []
-    model.head.register_forward_hook(lambda *args: seen.append(args[2].requires_grad))
-    vit.evaluate(model, make_batches(1))
     assert seen == [False]
 
 
