@@ -31,14 +31,14 @@ make_model = partial(
 @pytest.fixture
 def pair():
     """Return our model and torchvision's, for color images, with equal weights."""
-    model = make_model(in_channels=3, dropout=0.5)
+    model = make_model(in_channels=3, mlp_ratio=1.5, dropout=0.5)
     reference = VisionTransformer(
         image_size=28,
         patch_size=7,
         num_layers=4,
         num_heads=4,
         hidden_dim=64,
-        mlp_dim=128,
+        mlp_dim=96,
         dropout=0.5,
         num_classes=10,
     )

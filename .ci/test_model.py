@@ -23,13 +23,15 @@ TIMM_MODELS = {
 @pytest.mark.parametrize("name", TIMM_MODELS)
 @torch.no_grad()
 def test_timm_checkpoint_gives_the_same(name):
-    # Catches a parameter of another name, another epsilon or GELU, and features before
-    # the last LayerNorm. No parameter may be 0 or 1, or a mistake in it may hide.
+    # Catches a parameter of another name or that is not trained, another epsilon or
+    # GELU, and features before the last LayerNorm. No parameter may be 0 or 1, or a
+    # mistake in it may hide.
     theirs = timm.create_model(name).eval()
     for parameter in theirs.parameters():
         parameter += 0.05 * torch.randn(parameter.shape)
     ours = vit.VisionTransformer(**TIMM_MODELS[name]).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert all(parameter.requires_grad for parameter in ours.parameters())
 
     # Rounding makes at most 4e-6, another GELU or epsilon at least 7e-4.
     images = torch.randn(2, 3, 224, 224)
@@ -60,8 +62,8 @@ def test_errors_name_both_figures():
         make_model(patch_size=5)
     with pytest.raises(ValueError, match="n_heads must divide .* 5 and 24"):
         make_model(n_heads=5)
-    with pytest.raises(AssertionError, match=r"is 28, .*3, 1, 28, 32"):
-        make_model()(torch.rand(3, 1, 28, 32))
+    with pytest.raises(AssertionError, match=r"is 28, .*3, 1, 32, 28"):
+        make_model()(torch.rand(3, 1, 32, 28))
 
 
 def test_torchvision_extracts_features_of_any_block():

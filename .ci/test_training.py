@@ -48,7 +48,7 @@ def test_train_matches_a_plain_loop():
 
 def test_printed_line_has_loss_accuracy_and_time(capsys, monkeypatch):
     # Catches the mean of other steps, an accuracy of other batches or of another time,
-    # and another time. Each batch, to train or to test, takes one second.
+    # and another time. Here, each batch takes one second.
     model = make_model()
     calls = []
     model.register_forward_hook(lambda module, inputs, output: calls.append(output))
@@ -63,6 +63,7 @@ def test_printed_line_has_loss_accuracy_and_time(capsys, monkeypatch):
     assert printed == pytest.approx(means, abs=1e-4)
     accuracy = vit.evaluate(model, test_batches)
     assert out.endswith(f"test accuracy {accuracy:.2%}, 4.0 s\n")
+    assert "\r" not in out  # progress is for terminals
 
 
 @pytest.mark.parametrize("logit, pixel", [(0, math.nan), (-math.inf, 0)])
