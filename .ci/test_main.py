@@ -169,9 +169,9 @@ def test_tilde_is_the_home_folder(run, trained, monkeypatch):
     monkeypatch.setenv("HOME", str(Path("home").absolute()))
     monkeypatch.setenv("USERPROFILE", str(Path("home").absolute()))
     write_mnist(Path("home/data/MNIST/raw"), sizes=(30, 20))
-    run("--data-dir=~/data --out-dir=~/out")
+    run("--data-dir=~/data --out-dir=~/new/out")
     assert len(trained["test_loader"].dataset) == 20
-    assert sorted(os.listdir("home/out")) == ["mnist.png", "mnist.pt"]
+    assert sorted(os.listdir("home/new/out")) == ["mnist.png", "mnist.pt"]
 
 
 def test_the_same_seed_gives_the_same_run(run):

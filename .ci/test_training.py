@@ -87,9 +87,11 @@ def test_output_that_is_not_a_stream(stream, monkeypatch):
 
 
 def test_loader_with_fewer_batches_than_its_length():
-    # Catches losses of steps that were never taken.
+    # Catches losses of steps that were never taken, and a model left in training mode.
+    model = make_model()
     loader = type("ShortLoader", (list,), {"__len__": lambda self: 3})(make_batches(2))
-    assert len(vit.train(make_model(), loader, epochs=2, lr=0.01)) == 4
+    assert len(vit.train(model, loader, epochs=2, lr=0.01)) == 4
+    assert not model.training
 
 
 def test_evaluate_counts_images_not_batches():
