@@ -47,8 +47,8 @@ def pair():
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2)
 
-    # Both models list their parameters in the same order, except for the position
-    # embedding: second here, fourth there.
+    # The order of the parameters agrees, except for the position embedding: second in
+    # ours, fourth in theirs.
     weights = list(model.state_dict().values())
     weights.insert(3, weights.pop(1))
     reference.load_state_dict(dict(zip(reference.state_dict(), weights)))
@@ -68,7 +68,7 @@ def test_shapes():
 
 def test_logits_and_maps_match_torchvision(pair):
     # Catches mistakes in the computation (scale, heads, norms, residuals, GELU, order),
-    # and maps that are not the weights that forward uses.
+    # and maps that differ from the weights that forward uses.
     model, reference = pair
     images = torch.rand(5, 3, 28, 28).double()
     assert_close(model(images), reference(images))
@@ -83,11 +83,11 @@ def test_logits_and_maps_match_torchvision(pair):
 
 
 def test_dropout_matches_torchvision(pair):
-    # Catches dropout that is missing, in another place, or still on after evaluate.
+    # Catches dropout that is missing, misplaced, or left on by evaluate.
     model, reference = pair
     image = torch.rand(1, 3, 28, 28).double()
 
-    # With the same seed, both models drop the same numbers of a single image.
+    # With one image and one seed, both models drop the same activations.
     torch.manual_seed(0)
     logits = model.train()(image)
     torch.manual_seed(0)
@@ -98,8 +98,8 @@ def test_dropout_matches_torchvision(pair):
 
 
 def test_what_others_rely_on():
-    # Catches names other than timm's, code that torch.fx cannot trace, and images of
-    # another size that are not refused.
+    # Catches names other than timm's, code that torch.fx cannot trace, and images of a
+    # wrong size that are accepted.
     model = make_model()
     for name in "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2":
         model.blocks[0].get_submodule(name)
@@ -116,7 +116,7 @@ def test_train_overfits_one_batch():
     losses = vit.train(model, [BATCH], epochs=80, lr=5e-3)
     assert losses[-1] < 0.1
 
-    # The model now gets all 32 right. With 8 wrong labels more, 32 of 40 are right.
+    # The model now gets all 32 right. Adding 8 wrong labels makes it 32 of 40.
     wrong = IMAGES[:8], LABELS[:8] + 1
     assert vit.evaluate(model, [BATCH, wrong]) == 0.8
 

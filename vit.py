@@ -60,12 +60,12 @@ def parse_options():
     option("--depth", 4, "number of blocks")
     option("--n-heads", 4, "attention heads per block")
     option("--mlp-ratio", 2.0, "hidden size of the MLP, as a multiple of embed-dim")
-    option("--dropout", 0.0, "share of numbers zeroed in training, to memorize less")
+    option("--dropout", 0.0, "share of numbers zeroed in training; curbs memorizing")
 
     option("--epochs", 8, "passes over the training set")
     option("--batch-size", 128, "images per training step")
     option("--lr", 5e-3, "peak learning rate; lower it for larger models")
-    option("--weight-decay", 0.05, "each step shrinks all parameters by lr times this")
+    option("--weight-decay", 0.05, "each step multiplies parameters by 1 - lr * this")
     option("--seed", 0, "random seed")
 
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -95,18 +95,18 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention between tokens: (B, T, D) -> (B, T, D).
 
-    Consider one head. Linear layers turn each token into three vectors of D/h = 16
-    numbers: a query (what it looks for), a key (what queries are compared with), and a
-    value (what it passes on). A patch that cuts a stroke may ask with its query: where
-    does the stroke continue? The key of a neighbor may answer: here; and its value tell
-    the direction. The better a key matches, the more its value counts. Training alone
-    decides what the vectors say. From all tokens j, a token with query q receives:
+    In each head, linear layers turn each token into three vectors of D/h = 16 numbers:
+    a query (what it looks for), a key (what queries are compared with), and a value
+    (what it passes on). A query may ask where a cut stroke continues; a neighbor's key
+    may answer "here," and the neighbor's value may tell the direction. The better a key
+    matches, the more its value counts. Training alone decides what the vectors say.
+    From all tokens j, a token with query q computes:
 
         score_j  = (q / 4) . key_j                      dot product; 4 = sqrt(16)
         weight_j = exp(score_j) / sum_i exp(score_i)    softmax: positive, sum 1
         result   = sum_j weight_j value_j               weighted average of values
 
-    Four heads, with linear layers of their own, look for four things at once. Their
+    Four heads, each with its own linear layers, look for four things at once. Their
     results, side by side, are 64 numbers again. The linear layer proj mixes them, so
     that each number can combine what several heads found.
     """
@@ -136,9 +136,9 @@ class Attention(nn.Module):
         q, k, _ = self.queries_keys_values(x)
 
         # Large scores leave almost no gradient: scores of 8 and 0 give weights of
-        # 0.9997 and 0.0003, and a small change of the scores changes almost nothing. A
-        # score is a sum of 16 products. If these are independent with standard
-        # deviation 1, the score's is sqrt(16) = 4, since variances add. So we divide by
+        # 0.9997 and 0.0003, and small changes of the scores change almost nothing. A
+        # score is a sum of 16 products. If these are independent with variance 1, the
+        # score has variance 16 (variances add), standard deviation 4. So we divide by
         # 4.
         q = q / math.sqrt(q.shape[3])
         scores = q @ k.transpose(2, 3)  # (B, h, T, T): queries by keys
@@ -147,7 +147,7 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = self.queries_keys_values(x)
 
-        # attention_weights(x) @ v, scaling included, without storing the weights.
+        # The same as attention_weights(x) @ v, but stores no weights.
         x = F.scaled_dot_product_attention(q, k, v)  # (B, h, T, D/h)
         x = x.transpose(1, 2)  # (B, T, h, D/h)
         x = x.flatten(2)  # (B, T, D): the heads side by side
@@ -166,9 +166,8 @@ class MLP(nn.Module):
     def forward(self, x):
         # Attention averages what tokens hold; the MLP finds new features in each token.
         # Its wide first layer tests for many features, such as a corner. GELU (a smooth
-        # ReLU) brings negative results, features not found, close to 0. The second
-        # layer combines those found. Without GELU, the two linear layers would equal
-        # one.
+        # ReLU) brings negative results (feature absent) close to 0. The second layer
+        # combines the rest. Without GELU, the two linear layers would equal one.
         x = self.fc1(x)
         x = F.gelu(x)
         x = self.dropout(x)
@@ -181,8 +180,8 @@ class Block(nn.Module):
     def __init__(self, embed_dim, n_heads, mlp_ratio, qkv_bias, dropout):
         super().__init__()
         # LayerNorm brings the D numbers of each token to mean 0 and variance 1, then
-        # applies a learned scale and shift, at first 1 and 0. Otherwise, magnitudes
-        # would grow from block to block, and each layer would have to follow.
+        # applies a learned scale and shift, at first 1 and 0. Without it, each layer's
+        # input would grow from block to block.
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, n_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -203,7 +202,7 @@ class VisionTransformer(nn.Module):
     """Classify images: (B, in_channels, img_size, img_size) -> logits (B, num_classes).
 
     The defaults give ViT-B/16, the paper's base model. Pretrained plain ViTs of the
-    library timm load unchanged. With num_classes=0, the model returns [CLS] (B, D).
+    timm library load unchanged. With num_classes=0, the model returns [CLS] (B, D).
     """
 
     def __init__(
@@ -235,7 +234,7 @@ class VisionTransformer(nn.Module):
 
         # Averages ignore order: to tell attention where each token is, we add a learned
         # position embedding. Training can keep content and place apart, in different
-        # ones of the D numbers.
+        # dimensions.
         n_tokens = 1 + (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.2 * torch.randn(1, n_tokens, embed_dim))
         self.dropout = nn.Dropout(dropout)
@@ -246,7 +245,7 @@ class VisionTransformer(nn.Module):
         ]
         self.blocks = nn.Sequential(*blocks)
 
-        # Block after block, the tokens grow in magnitude: normalize once more.
+        # The tokens themselves still grow from block to block: normalize once more.
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
@@ -306,7 +305,7 @@ def augment(images):
     #
     # and a to f are noise. From edge to edge, x and y run from -1 to 1, so 1 is 14
     # pixels: c and f, at most 0.15, shift the image by up to 2 pixels. Noise in a and e
-    # stretches it, in b and d shears it (turns it, if b = -d).
+    # stretches it; noise in b and d shears it (rotates it, if b = -d).
     noise = torch.empty(images.shape[0], 2, 3).uniform_(-0.15, 0.15)
     matrix = torch.eye(2, 3) + noise  # rows (1 + a, b, c) and (d, 1 + e, f)
 
@@ -335,7 +334,7 @@ def load_digits(folder):
     try:
         return "MNIST", *load_mnist(folder)
     except Exception as error:
-        # Fall back only if downloading failed and no file exists.
+        # Fall back only if a download failed and no MNIST file exists.
         offline = isinstance(error, (RuntimeError, ConnectionError, TimeoutError))
         if not offline or any(Path(folder, "MNIST/raw").glob("*ubyte*")):
             raise RuntimeError(
@@ -377,9 +376,9 @@ def train(
     device = next(model.parameters()).device
 
     # AdamW keeps two running averages: m of a parameter's gradients (momentum), v of
-    # their squares. It moves the parameter by -lr * m / sqrt(v), that is by lr, whether
-    # all its gradients are 0.001 or 10, so one lr suits all. Weight decay (the W) also
-    # shrinks all parameters: small ones make a smoother model, which memorizes less.
+    # their squares. It moves the parameter by -lr * m / sqrt(v), that is, by lr if its
+    # gradients are all 0.001 or all 10: one lr suits all parameters. Weight decay (the
+    # W) also shrinks them: small ones make a smoother model, which memorizes less.
     optimizer = torch.optim.AdamW(
         model.parameters(), lr, weight_decay=weight_decay, fused=True
     )
@@ -404,7 +403,7 @@ def train(
                 images = transform(images)
 
             # Forward: compute the logits and the loss. cross_entropy turns logits into
-            # probabilities (softmax) and averages -log(p), p for the correct class.
+            # probabilities (softmax) and averages -log(p of the correct class).
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
             losses.append(loss.item())
@@ -437,9 +436,9 @@ def train(
 def draw_attention(images, maps):
     """Return a picture of images, tinted orange where [CLS] looks in the last block.
 
-    images: (B, 1 or 3, H, W), 0 to 1, as displayed; maps: attention_maps of the same
+    images: (B, 1 or 3, H, W), 0 to 1, unnormalized; maps: attention_maps of the same
     images. The maps show weights, not reasons: by the last block, a token also holds
-    what other patches passed on, so an orange patch need not matter by itself.
+    what other patches passed on, so an orange patch may not itself matter.
     """
     # The weights of [CLS] (query 0) for each patch, averaged over heads, as a grid.
     weights = maps[:, -1, :, 0, 1:].mean(dim=1)  # (B, N)
@@ -473,8 +472,8 @@ def main():
     test_loader = DataLoader(test_set, batch_size=1000)
     print(f"{data}: {len(train_set):,} training images, {len(test_set):,} test images")
 
-    # Test accuracy is printed, but we choose nothing by it, not even an epoch: the best
-    # of many tries looks better on these images than on new ones.
+    # We print test accuracy but select nothing with it, not even an epoch: the best of
+    # many tries looks better on these images than on new ones.
     losses = train(
         model,
         loader,
