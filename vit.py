@@ -122,9 +122,7 @@ class Attention(nn.Module):
         # One linear layer gives each token 192 = 3 x 4 x 16 numbers: query, key, and
         # value, for four heads, of 16 numbers each.
         x = self.qkv(x)  # (B, T, 3D): (B, 17, 192)
-        x = x.unflatten(
-            2, (3, self.n_heads, -1)
-        )  # (B, T, 3, h, D/h): (B, 17, 3, 4, 16)
+        x = x.unflatten(2, (3, self.n_heads, -1))  # (B, T, 3, h, D/h)
         q, k, v = x.unbind(2)  # each (B, T, h, D/h): (B, 17, 4, 16)
 
         # The product @ multiplies matrices in the last two dimensions. So we swap
@@ -138,8 +136,7 @@ class Attention(nn.Module):
         # Large scores leave almost no gradient: scores of 8 and 0 give weights of
         # 0.9997 and 0.0003, and small changes of the scores change almost nothing. A
         # score is a sum of 16 products. If these are independent with variance 1, the
-        # score has variance 16 (variances add), standard deviation 4. So we divide by
-        # 4.
+        # score has variance 16 (variances add). So we divide by its root, 4.
         q = q / math.sqrt(q.shape[3])
         scores = q @ k.transpose(2, 3)  # (B, h, T, T): queries by keys
         return scores.softmax(dim=3)  # over the keys
