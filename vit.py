@@ -136,7 +136,7 @@ class Attention(nn.Module):
         # Large scores leave almost no gradient: scores of 8 and 0 give weights of
         # 0.9997 and 0.0003, and small changes of the scores change almost nothing. A
         # score is a sum of 16 products. If these are independent with variance 1, the
-        # score has variance 16 (variances add). So we divide by its root, 4.
+        # score has variance 16 (variances add). Dividing by its root, 4, restores 1.
         q = q / math.sqrt(q.shape[3])
         scores = q @ k.transpose(2, 3)  # (B, h, T, T): queries by keys
         return scores.softmax(dim=3)  # over the keys
@@ -178,7 +178,7 @@ class Block(nn.Module):
         super().__init__()
         # LayerNorm brings the D numbers of each token to mean 0 and variance 1, then
         # applies a learned scale and shift, at first 1 and 0. Without it, each layer's
-        # input would grow from block to block.
+        # input would grow from block to block, since each block adds to the tokens.
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, n_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -230,8 +230,8 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(0.2 * torch.randn(1, 1, embed_dim))
 
         # Averages ignore order: to tell attention where each token is, we add a learned
-        # position embedding. Training can keep content and place apart, in different
-        # dimensions.
+        # position embedding. Training can use some of the D numbers for content, others
+        # for place.
         n_tokens = 1 + (img_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(0.2 * torch.randn(1, n_tokens, embed_dim))
         self.dropout = nn.Dropout(dropout)
@@ -242,7 +242,7 @@ class VisionTransformer(nn.Module):
         ]
         self.blocks = nn.Sequential(*blocks)
 
-        # The tokens themselves still grow from block to block: normalize once more.
+        # The tokens themselves do grow: normalize once more.
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
@@ -302,7 +302,7 @@ def augment(images):
     #
     # and a to f are noise. From edge to edge, x and y run from -1 to 1, so 1 is 14
     # pixels: c and f, at most 0.15, shift the image by up to 2 pixels. Noise in a and e
-    # stretches it; noise in b and d shears it (rotates it, if b = -d).
+    # scales it; noise in b and d shears it (rotates it, if b = -d).
     noise = torch.empty(images.shape[0], 2, 3).uniform_(-0.15, 0.15)
     matrix = torch.eye(2, 3) + noise  # rows (1 + a, b, c) and (d, 1 + e, f)
 
@@ -375,7 +375,7 @@ def train(
     # AdamW keeps two running averages: m of a parameter's gradients (momentum), v of
     # their squares. It moves the parameter by -lr * m / sqrt(v), that is, by lr if its
     # gradients are all 0.001 or all 10: one lr suits all parameters. Weight decay (the
-    # W) also shrinks them: small ones make a smoother model, which memorizes less.
+    # W) also shrinks them: with small ones, similar images get similar logits.
     optimizer = torch.optim.AdamW(
         model.parameters(), lr, weight_decay=weight_decay, fused=True
     )
@@ -433,7 +433,7 @@ def train(
 def draw_attention(images, maps):
     """Return a picture of images, tinted orange where [CLS] looks in the last block.
 
-    images: (B, 1 or 3, H, W), 0 to 1, unnormalized; maps: attention_maps of the same
+    images: (B, 1 or 3, H, W), 0 to 1; maps: attention_maps of the same
     images. The maps show weights, not reasons: by the last block, a token also holds
     what other patches passed on, so an orange patch may not itself matter.
     """
