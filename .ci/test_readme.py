@@ -1,8 +1,8 @@
 """The README's scripts, each run as a program of its own, its links and its lists."""
 
 import re
-import subprocess
 import sys
+from subprocess import STDOUT, check_output
 
 import pytest
 import torch
@@ -31,9 +31,7 @@ def run(tmp_path):
     def run(code, launcher=()):
         (tmp_path / "script.py").write_text(code)
         command = [sys.executable, *launcher, "script.py"]
-        return subprocess.check_output(
-            command, cwd=tmp_path, text=True, stderr=subprocess.STDOUT
-        )
+        return check_output(command, cwd=tmp_path, text=True, stderr=STDOUT)
 
     return run
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import make_model, write_mnist
 from PIL import Image
+from PIL.Image import Resampling, Transform
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.testing import assert_close
 
@@ -95,8 +96,7 @@ def test_loader_with_fewer_batches_than_its_length():
 
 
 def test_evaluate_counts_images_not_batches():
-    # Catches the mean over batches, and labels (B, 1) that are compared with all
-    # predictions.
+    # Catches the mean over batches, and labels (B, 1) compared with all predictions.
     model = make_model().eval()
     images = torch.rand(7, 1, 28, 28)
     labels = model(images).argmax(dim=1)
@@ -148,16 +148,11 @@ def test_augment_matches_pillow():
     for image, result, matrix in zip(images, augmented, matrices, strict=True):
         # Pillow counts positions in pixels, from 0 to 40, not from -1 to 1.
         matrix[:, 2] = 20 * (matrix[:, 2] + 1 - matrix[:, :2].sum(dim=1))
-        expected = Image.fromarray(image[0].numpy()).transform(
-            (40, 40),
-            Image.Transform.AFFINE,
-            matrix.flatten().tolist(),
-            Image.Resampling.BILINEAR,
-        )
-        # Pillow does not blend the border with black.
+        options = [Transform.AFFINE, matrix.flatten().tolist(), Resampling.BILINEAR]
+        expected = Image.fromarray(image[0].numpy()).transform((40, 40), *options)
         expected = torch.frombuffer(bytearray(expected.tobytes()), dtype=torch.float32)
-        difference = result.flatten() - expected
-        assert difference.abs().quantile(0.8) < 1e-4
+        # Pillow does not blend the border with black.
+        assert (result.flatten() - expected).abs().quantile(0.8) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
