@@ -1,5 +1,6 @@
 """The README's scripts, each run as a program of its own, its links and its lists."""
 
+import os
 import re
 import sys
 from subprocess import STDOUT, check_output
@@ -31,7 +32,8 @@ def run(tmp_path):
     def run(code, launcher=()):
         (tmp_path / "script.py").write_text(code)
         command = [sys.executable, *launcher, "script.py"]
-        return check_output(command, cwd=tmp_path, text=True, stderr=STDOUT)
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        return check_output(command, cwd=tmp_path, env=env, text=True, stderr=STDOUT)
 
     return run
 
