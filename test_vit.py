@@ -47,8 +47,8 @@ def pair():
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2)
 
-    # The order of the parameters agrees, except for the position embedding: second in
-    # ours, fourth in theirs.
+    # The order of parameters agrees, except for the position embedding: second in ours,
+    # fourth in theirs.
     weights = list(model.state_dict().values())
     weights.insert(3, weights.pop(1))
     reference.load_state_dict(dict(zip(reference.state_dict(), weights)))
@@ -58,7 +58,7 @@ def pair():
 
 
 def test_shapes():
-    # Catches a missing class token, and a last linear layer where none is wanted.
+    # Catches a missing class token and an unwanted last linear layer.
     model = make_model()
     assert model(IMAGES).shape == (32, 10)
     assert model.forward_features(IMAGES).shape == (32, 17, 64)
@@ -98,8 +98,8 @@ def test_dropout_matches_torchvision(pair):
 
 
 def test_what_others_rely_on():
-    # Catches names other than timm's, code that torch.fx cannot trace, and images of a
-    # wrong size that are accepted.
+    # Catches names other than timm's, code that torch.fx cannot trace, and accepting
+    # images of a wrong size.
     model = make_model()
     for name in "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2":
         model.blocks[0].get_submodule(name)
@@ -116,7 +116,7 @@ def test_train_overfits_one_batch():
     losses = vit.train(model, [BATCH], epochs=80, lr=5e-3)
     assert losses[-1] < 0.1
 
-    # The model now gets all 32 right. Adding 8 wrong labels makes it 32 of 40.
+    # The model now gets all 32 right: with 8 wrong labels added, 32 of 40.
     wrong = IMAGES[:8], LABELS[:8] + 1
     assert vit.evaluate(model, [BATCH, wrong]) == 0.8
 

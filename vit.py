@@ -77,7 +77,7 @@ def parse_options():
 
 # --- Model ----------------------------------------------------------------------------
 class PatchEmbed(nn.Module):
-    """Cut images into patches, turn each into a token: (B, C, H, W) -> (B, N, D)."""
+    """Turn each patch of the images into a token: (B, C, H, W) -> (B, N, D)."""
 
     def __init__(self, patch_size, in_channels, embed_dim):
         super().__init__()
@@ -98,7 +98,7 @@ class Attention(nn.Module):
     In each head, linear layers turn each token into three vectors of D/h = 16 numbers:
     a query (what it looks for), a key (what queries are compared with), and a value
     (what it passes on). A query may ask where a cut stroke continues; a neighbor's key
-    may answer "here," and the neighbor's value may tell the direction. The better a key
+    may answer "here," and the neighbor's value may give the direction. The better a key
     matches, the more its value counts. Training alone decides what the vectors say.
     From all tokens j, a token with query q computes:
 
@@ -119,8 +119,8 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x):
         """Return queries, keys, and values: (B, T, D) -> each (B, h, T, D/h)."""
-        # One linear layer gives each token 192 = 3 x 4 x 16 numbers: query, key, and
-        # value, for four heads, of 16 numbers each.
+        # One linear layer acts as twelve: each token gets 192 = 3 x 4 x 16 numbers, a
+        # query, a key, and a value of 16 numbers for each of four heads.
         x = self.qkv(x)  # (B, T, 3D): (B, 17, 192)
         x = x.unflatten(2, (3, self.n_heads, -1))  # (B, T, 3, h, D/h)
         q, k, v = x.unbind(2)  # each (B, T, h, D/h): (B, 17, 4, 16)
@@ -134,9 +134,9 @@ class Attention(nn.Module):
         q, k, _ = self.queries_keys_values(x)
 
         # Large scores leave almost no gradient: scores of 8 and 0 give weights of
-        # 0.9997 and 0.0003, and small changes of the scores change almost nothing. A
+        # 0.9997 and 0.0003, and small changes in the scores change almost nothing. A
         # score is a sum of 16 products. If these are independent with variance 1, the
-        # score has variance 16 (variances add). Dividing by its root, 4, restores 1.
+        # score has variance 16 (variances add). Dividing by sqrt(16) = 4 restores 1.
         q = q / math.sqrt(q.shape[3])
         scores = q @ k.transpose(2, 3)  # (B, h, T, T): queries by keys
         return scores.softmax(dim=3)  # over the keys
@@ -144,7 +144,7 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = self.queries_keys_values(x)
 
-        # The same as attention_weights(x) @ v, but stores no weights.
+        # Equals attention_weights(x) @ v but stores no weights.
         x = F.scaled_dot_product_attention(q, k, v)  # (B, h, T, D/h)
         x = x.transpose(1, 2)  # (B, T, h, D/h)
         x = x.flatten(2)  # (B, T, D): the heads side by side
@@ -164,7 +164,7 @@ class MLP(nn.Module):
         # Attention averages what tokens hold; the MLP finds new features in each token.
         # Its wide first layer tests for many features, such as a corner. GELU (a smooth
         # ReLU) brings negative results (feature absent) close to 0. The second layer
-        # combines the rest. Without GELU, the two linear layers would equal one.
+        # combines the rest. Without GELU, two linear layers would act as one.
         x = self.fc1(x)
         x = F.gelu(x)
         x = self.dropout(x)
@@ -242,7 +242,7 @@ class VisionTransformer(nn.Module):
         ]
         self.blocks = nn.Sequential(*blocks)
 
-        # The tokens themselves do grow: normalize once more.
+        # The tokens grow from block to block: normalize once more.
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
@@ -301,8 +301,8 @@ def augment(images):
     #     x' = x + a x + b y + c     y' = y + d x + e y + f
     #
     # and a to f are noise. From edge to edge, x and y run from -1 to 1, so 1 is 14
-    # pixels: c and f, at most 0.15, shift the image by up to 2 pixels. Noise in a and e
-    # scales it; noise in b and d shears it (rotates it, if b = -d).
+    # pixels: c and f, at most 0.15, shift the image by up to 2 pixels. a and e scale
+    # it; b and d shear it (rotate it, if b = -d).
     noise = torch.empty(images.shape[0], 2, 3).uniform_(-0.15, 0.15)
     matrix = torch.eye(2, 3) + noise  # rows (1 + a, b, c) and (d, 1 + e, f)
 
@@ -335,8 +335,8 @@ def load_digits(folder):
         offline = isinstance(error, (RuntimeError, ConnectionError, TimeoutError))
         if not offline or any(Path(folder, "MNIST/raw").glob("*ubyte*")):
             raise RuntimeError(
-                "cannot load MNIST: expected four files (train-images-idx3-ubyte.gz, "
-                f"...) in {folder}/MNIST/raw; delete damaged ones; got {error!r}"
+                f"cannot load MNIST, got {error!r}: expected four files (train-images-"
+                f"idx3-ubyte.gz, ...) in {folder}/MNIST/raw; delete damaged ones"
             ) from error
         print(f"{error}\nNo MNIST in {folder}: using synthetic digits", file=sys.stderr)
 
@@ -347,7 +347,7 @@ def load_digits(folder):
 # --- Training -------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, loader):
-    """Set eval mode (dropout off), and return the accuracy on the loader, 0 to 1."""
+    """Set eval mode (dropout off) and return the accuracy on the loader, 0 to 1."""
     device = next(model.parameters()).device
     model.eval()
 
@@ -372,7 +372,7 @@ def train(
     """
     device = next(model.parameters()).device
 
-    # AdamW keeps two running averages: m of a parameter's gradients (momentum), v of
+    # AdamW keeps running averages m of a parameter's gradients (momentum) and v of
     # their squares. It moves the parameter by -lr * m / sqrt(v), that is, by lr if its
     # gradients are all 0.001 or all 10: one lr suits all parameters. Weight decay (the
     # W) also shrinks them: with small ones, similar images get similar logits.
@@ -495,7 +495,7 @@ def main():
     picture.save(out_dir / f"{name}.png")
 
     accuracy = evaluate(model, test_loader)
-    print(f"wrote {name}.pt and {name}.png into {out_dir}")
+    print(f"wrote {name}.pt and {name}.png to {out_dir}")
     print(f"{data} test accuracy: {accuracy:.2%}")
 
 
