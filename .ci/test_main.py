@@ -109,7 +109,7 @@ def test_damaged_or_renamed_file_is_refused(run, n_bytes, name):
     content = (RAW / "train-images-idx3-ubyte").read_bytes()
     (RAW / "train-images-idx3-ubyte").unlink()
     (RAW / f"train-images{name}").write_bytes(content[:n_bytes])
-    match = r"MNIST, got .* expected four files .* in data/MNIST/raw; delete damaged ones"
+    match = "MNIST, got .* expected four files .* in data/MNIST/raw; delete damaged"
     assert run("", RuntimeError, match) == []
 
 
