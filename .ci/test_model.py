@@ -23,8 +23,7 @@ TIMM_MODELS = {
 @pytest.mark.parametrize("name", TIMM_MODELS)
 @torch.no_grad()
 def test_timm_checkpoint_gives_the_same(name):
-    # Catches another name, epsilon, or GELU, features before the last LayerNorm, and a
-    # parameter that is not trained. If one were 0 or 1, a mistake in it could hide.
+    # Catches another name, epsilon, or GELU, other features, and untrained parameters.
     theirs = timm.create_model(name).eval()
     for parameter in theirs.parameters():
         parameter += 0.05 * torch.randn(parameter.shape)
@@ -101,8 +100,7 @@ def model(request):
 
 
 def test_compiles_as_one_graph(model):
-    # Catches Python that torch.compile cannot follow. aot_eager: without machine code,
-    # which takes 20 seconds and has no part in that.
+    # Catches Python that torch.compile cannot follow (aot_eager saves 20 seconds).
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(compiled(IMAGES), model(IMAGES))
 
