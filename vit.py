@@ -200,6 +200,7 @@ class VisionTransformer(nn.Module):
 
     The defaults give ViT-B/16, the paper's base model. Pretrained plain ViTs of the
     timm library load unchanged. With num_classes=0, the model returns [CLS] (B, D).
+    Raises ValueError if sizes do not divide, AssertionError if images do not fit.
     """
 
     def __init__(
@@ -251,7 +252,7 @@ class VisionTransformer(nn.Module):
         fits = images.shape[2:] == (self.img_size, self.img_size)
         torch._assert(fits, f"img_size is {self.img_size}, got images {images.shape}")
 
-        patches = self.patch_embed(images)  # (B, N, D)
+        patches = self.patch_embed(images)
         cls_token = self.cls_token.expand(images.shape[0], -1, -1)  # (B, 1, D)
         x = torch.cat([cls_token, patches], dim=1)
         return self.dropout(x + self.pos_embed)
@@ -301,7 +302,7 @@ def augment(images):
     #     x' = x + a x + b y + c     y' = y + d x + e y + f
     #
     # and a to f are noise. From edge to edge, x and y run from -1 to 1, so 1 is 14
-    # pixels: c and f, at most 0.15, shift the image by up to 2 pixels. a and e scale
+    # pixels: c and f, at most 0.15, shift the image by up to 2 pixels; a and e scale
     # it; b and d shear it (rotate it, if b = -d).
     noise = torch.empty(images.shape[0], 2, 3).uniform_(-0.15, 0.15)
     matrix = torch.eye(2, 3) + noise  # rows (1 + a, b, c) and (d, 1 + e, f)
@@ -369,11 +370,12 @@ def train(
     transform: applied to the images of each training batch.
 
     Each call runs a whole learning-rate schedule and leaves the model in eval mode.
+    Raises FloatingPointError if a loss is not finite.
     """
     device = next(model.parameters()).device
 
     # AdamW keeps running averages m of a parameter's gradients (momentum) and v of
-    # their squares. It moves the parameter by -lr * m / sqrt(v), that is, by lr if its
+    # their squares. It moves the parameter by -lr * m / sqrt(v), that is, by -lr if its
     # gradients are all 0.001 or all 10: one lr suits all parameters. Weight decay (the
     # W) also shrinks them: with small ones, similar images get similar logits.
     optimizer = torch.optim.AdamW(
@@ -433,9 +435,9 @@ def train(
 def draw_attention(images, maps):
     """Return a picture of images, tinted orange where [CLS] looks in the last block.
 
-    images: (B, 1 or 3, H, W), 0 to 1; maps: attention_maps of the same
-    images. The maps show weights, not reasons: by the last block, a token also holds
-    what other patches passed on, so an orange patch may not itself matter.
+    images: (B, 1 or 3, H, W), 0 to 1; maps: attention_maps of the same images. The maps
+    show weights, not reasons: by the last block, a token also holds what other patches
+    passed on, so an orange patch may not itself matter.
     """
     # The weights of [CLS] (query 0) for each patch, averaged over heads, as a grid.
     weights = maps[:, -1, :, 0, 1:].mean(dim=1)  # (B, N)
